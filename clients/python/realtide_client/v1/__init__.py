@@ -1,0 +1,1 @@
+"""Generated protobuf and gRPC stubs of `proto/realtide/v1` (written by tools/generate_stubs.py)."""
