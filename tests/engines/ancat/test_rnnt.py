@@ -48,11 +48,10 @@ def enumerated(logits: Tensor, labels: list[int], blank: int) -> float:
     return -math.log(total)
 
 
-def recursion(logits: Tensor, labels: Tensor, frames: Tensor, lengths: Tensor, blank: int = 0) -> Tensor:
+def recursion(log_probs: Tensor, labels: Tensor, frames: Tensor, lengths: Tensor, blank: int = 0) -> Tensor:
     """Textbook forward recursion, one node at a time, differentiated by autograd: [B]."""
-    log_probs = logits.log_softmax(-1)
     losses = []
-    for b in range(logits.shape[0]):
+    for b in range(log_probs.shape[0]):
         steps, u_total = int(frames[b]), int(lengths[b])
         alpha: dict[tuple[int, int], Tensor] = {(0, 0): log_probs.new_zeros(())}
         for t, u in itertools.product(range(steps), range(u_total + 1)):
@@ -80,7 +79,7 @@ def test_value_and_gradient_equal_autograd_of_the_recursion() -> None:
     weights = torch.rand(5, dtype=torch.float64)
     ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
     a = rnnt_loss(ours, targets, frames, lengths, blank=1, reduction="none")
-    b = recursion(theirs, targets, frames, lengths, blank=1)
+    b = recursion(theirs.log_softmax(-1), targets, frames, lengths, blank=1)
     torch.autograd.backward((a * weights).sum())
     torch.autograd.backward((b * weights).sum())
     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
@@ -142,22 +141,7 @@ def label_scaled(logits: Tensor, targets: Tensor, frames: Tensor, lengths: Tenso
         return out
 
     log_probs.register_hook(scale)  # type: ignore[no-untyped-call]
-    # log_softmax of log probabilities is themselves, but would mix the scaled gradient: undo with a detach.
-    shifted = log_probs - log_probs.logsumexp(-1, keepdim=True).detach()
-    losses = []
-    for b in range(logits.shape[0]):
-        steps, u_total = int(frames[b]), int(lengths[b])
-        alpha: dict[tuple[int, int], Tensor] = {(0, 0): x.new_zeros(())}
-        for t, u in itertools.product(range(steps), range(u_total + 1)):
-            ways = []
-            if t > 0:
-                ways.append(alpha[t - 1, u] + shifted[b, t - 1, u, 0])
-            if u > 0:
-                ways.append(alpha[t, u - 1] + shifted[b, t, u - 1, targets[b, u - 1]])
-            if ways:
-                alpha[t, u] = torch.logsumexp(torch.stack(ways), 0)
-        losses.append(-alpha[steps - 1, u_total] - shifted[b, steps - 1, u_total, 0])
-    torch.autograd.backward(torch.stack(losses).sum())
+    torch.autograd.backward(recursion(log_probs, targets, frames, lengths).sum())
     assert x.grad is not None
     return x.grad
 
@@ -265,7 +249,7 @@ def test_fused_in_bfloat16_returns_gradients_in_the_types_given() -> None:
     torch.autograd.backward(loss)
     assert loss.dtype == torch.float32
     assert [t.grad.dtype for t in low if t.grad is not None] == [t.dtype for t in low]
-    assert float(loss) == pytest.approx(float(fused(tensors, sizes)), rel=3e-2)
+    assert loss.item() == pytest.approx(fused(tensors, sizes).item(), rel=3e-2)
 
 
 @pytest.mark.parametrize(
