@@ -1,0 +1,341 @@
+"""Streaming front end: audio at the client's rate in, encoder input windows out.
+
+Source: ours, on soxr and kaldi-native-fbank.
+
+Everything happens in *units* of one encoder frame (four fbank frames, 40 ms). Unit `i` needs the model-rate
+samples [640 i, 640 i + 880) and yields fbank frames 4 i .. 4 i + 3, so its cost and its result do not depend
+on how the audio was cut into chunks: features are bit-identical for every chunking.
+
+soxr's own streaming mode works in FFT blocks and holds back up to 118 ms at 8 kHz. Here each unit's new
+samples are resampled one-shot from a fixed window of input with `resample_context_ms` on either side, whose
+start is aligned so that the phases of both rates agree. That adds a constant delay of the context only,
+differs from resampling the whole recording by less than 1e-5, and makes the resampler stateless: a restored
+stream continues exactly.
+
+At the end of the audio the rule is: every 40 ms frame that was started is completed with zero samples. `n`
+model-rate samples give ceil(n / 640) encoder frames. The log-mel values are floored at `log_floor`, so that
+digital silence and the empty bands of upsampled telephone audio look like a very quiet room, not like an
+outlier.
+
+The module knows nothing of the encoder but its window shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import kaldi_native_fbank
+import numpy as np
+import numpy.typing as npt
+import soxr
+
+Float32 = npt.NDArray[np.float32]
+
+MIN_SAMPLE_RATE = 8000
+MAX_SAMPLE_RATE = 48000
+_INT16_SCALE = np.float32(32768.0)
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendConfig:
+    """Parameters of the features, from the bundle's manifest."""
+
+    sample_rate: int = 16000  # the model's rate, Hz
+    mel_bins: int = 80
+    low_freq: float = 20.0  # Hz
+    high_freq: float = -400.0  # Hz; negative: relative to Nyquist
+    frame_ms: int = 25
+    shift_ms: int = 10
+    subsampling: int = 4  # fbank frames per encoder frame
+    left_context: int = 3  # fbank frames of the previous unit that a window starts with
+    log_floor: float = 0.0  # least log-mel value, nats, audio in int16 units
+    resample_context_ms: int = 10  # input that the resampler sees on either side of what it produces
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.left_context <= self.subsampling:
+            raise ValueError(f"left_context must be in 0..{self.subsampling}, got {self.left_context}")
+        if self.frame_ms < self.shift_ms or self.shift_ms < 1:
+            raise ValueError(f"need 1 <= shift_ms <= frame_ms, got {self.shift_ms} and {self.frame_ms}")
+
+    @property
+    def window(self) -> int:
+        """Fbank frames in one encoder input window."""
+        return self.left_context + self.subsampling
+
+    @property
+    def unit(self) -> int:
+        """Model-rate samples per encoder frame."""
+        return self.subsampling * self.shift_ms * self.sample_rate // 1000
+
+    @property
+    def overlap(self) -> int:
+        """Model-rate samples that a unit needs beyond its own (the fbank window's overhang)."""
+        return (self.frame_ms - self.shift_ms) * self.sample_rate // 1000
+
+
+class Frontend:
+    """One stream's front end. `push` only buffers; features are computed in `take`.
+
+    Raises ValueError if `sample_rate` (Hz) is outside 8000..48000 or `mean`/`std` are not [mel_bins].
+    """
+
+    def __init__(
+        self,
+        sample_rate: int,
+        config: FrontendConfig | None = None,
+        *,
+        mean: Float32 | None = None,
+        std: Float32 | None = None,
+    ) -> None:
+        c = config or FrontendConfig()
+        if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
+            raise ValueError(
+                f"sample_rate must be in {MIN_SAMPLE_RATE}..{MAX_SAMPLE_RATE} Hz, got {sample_rate}"
+            )
+        self.config = c
+        self.sample_rate = sample_rate
+        self._mean = np.zeros(c.mel_bins, np.float32) if mean is None else np.asarray(mean, np.float32)
+        self._scale = np.ones(c.mel_bins, np.float32) if std is None else 1 / np.asarray(std, np.float32)
+        if self._mean.shape != (c.mel_bins,) or self._scale.shape != (c.mel_bins,):
+            raise ValueError(f"mean and std must have shape [{c.mel_bins}]")
+        divisor = gcd(sample_rate, c.sample_rate)
+        self._in_step = (
+            sample_rate // divisor
+        )  # in_step input samples last as long as out_step model-rate samples
+        self._out_step = c.sample_rate // divisor
+        self._context = 0 if sample_rate == c.sample_rate else -(-c.resample_context_ms * sample_rate // 1000)
+        self._samples = _Fifo()  # input from the first sample that a later unit needs
+        self._units = 0  # units (encoder frames) computed
+        self._pushed = 0  # input samples, inserted silence included
+        self._inserted = 0  # of those, silence
+        self._audio_end = 0  # one past the client's last sample, in the same count as _pushed
+        self._finished = False
+        self._overlap = np.zeros(0, np.float32)  # the last model-rate samples that the extractor was given
+        self._last_rows = np.zeros((c.left_context, c.mel_bins), np.float32)  # normalised
+        self._extractor = _new_extractor(c)
+        self._extracted = 0  # fbank frames taken from this extractor
+
+    @property
+    def samples_pushed(self) -> int:
+        """Samples of the client's audio so far (inserted silence not counted)."""
+        return self._pushed - self._inserted
+
+    @property
+    def samples_inserted(self) -> int:
+        """Samples of silence, at the input's rate, that `flush` and `finish` added so far."""
+        return self._inserted
+
+    @property
+    def frames_taken(self) -> int:
+        """Encoder frames handed out so far: the index of the next window."""
+        return self._units
+
+    @property
+    def frames_ready(self) -> int:
+        """Encoder input windows that `take` could return now."""
+        usable = (self._pushed - self._context) * self._out_step // self._in_step - self.config.overlap
+        return max(0, usable // self.config.unit - self._units)
+
+    @property
+    def lookahead(self) -> float:
+        """Seconds of audio after a frame's own 40 ms that must arrive before its window exists."""
+        return self.config.overlap / self.config.sample_rate + self._context / self.sample_rate
+
+    def push(self, samples: Float32) -> None:
+        """Buffer mono samples [n] in [-1, 1] at the stream's rate. Raises ValueError after `finish`."""
+        if self._finished:
+            raise ValueError("audio after finish")
+        self._samples.append(samples)
+        if len(samples):
+            self._pushed += len(samples)
+            self._audio_end = self._pushed
+
+    def take(self, max_frames: int | None = None) -> Float32:
+        """The next windows [n, window, mel_bins], normalised, n <= max_frames (None: all that are ready).
+
+        Window i holds fbank frames 4 i - 3 .. 4 i + 3; frames before the stream are zeros after
+        normalisation.
+        """
+        c = self.config
+        n = self.frames_ready if max_frames is None else min(self.frames_ready, max_frames)
+        windows = np.empty((n, c.window, c.mel_bins), np.float32)
+        for window in windows:
+            window[: c.left_context] = self._last_rows
+            rows = window[c.left_context :]
+            self._next_unit(rows)
+            rows -= self._mean
+            rows *= self._scale
+            self._last_rows = rows[c.subsampling - c.left_context :].copy()
+        return windows
+
+    def flush(self) -> int:
+        """Complete the frame that was started with silence, so that all audio so far is in a window.
+
+        The stream goes on after the silence. Returns the samples inserted (at the input's rate): from here on
+        positions in the features are later than positions in the client's audio by that much.
+        """
+        c = self.config
+        audio = -(-self._audio_end * self._out_step // self._in_step)
+        units = -(-audio // c.unit)
+        missing = self._window_end(units - 1) - self._pushed
+        if units <= self._units or missing <= 0:
+            return 0
+        self._samples.append(np.zeros(missing, np.float32))
+        self._pushed += missing
+        self._inserted += missing
+        return missing
+
+    def finish(self) -> None:
+        """No more audio: complete the last frame that was started. Idempotent."""
+        if not self._finished:
+            self.flush()
+            self._finished = True
+
+    def export(self) -> dict[str, Any]:
+        """The whole state as integers, booleans and float32 arrays; the stream goes on unchanged."""
+        return {
+            "sample_rate": self.sample_rate,
+            "units": self._units,
+            "pushed": self._pushed,
+            "inserted": self._inserted,
+            "audio_end": self._audio_end,
+            "finished": self._finished,
+            "samples": self._samples.view().copy(),
+            "overlap": self._overlap.copy(),
+            "last_rows": self._last_rows.copy(),
+        }
+
+    @classmethod
+    def restore(
+        cls,
+        state: dict[str, Any],
+        config: FrontendConfig | None = None,
+        *,
+        mean: Float32 | None = None,
+        std: Float32 | None = None,
+    ) -> Frontend:
+        """Continue an exported stream, bit for bit. Raises ValueError if the state does not fit `config`."""
+        self = cls(int(state["sample_rate"]), config, mean=mean, std=std)
+        self._units, self._pushed = int(state["units"]), int(state["pushed"])
+        self._inserted, self._finished = int(state["inserted"]), bool(state["finished"])
+        self._audio_end = int(state["audio_end"])
+        samples = np.asarray(state["samples"], np.float32)
+        overlap = np.asarray(state["overlap"], np.float32)
+        last_rows = np.asarray(state["last_rows"], np.float32)
+        expected = self.config.overlap if self._units else 0
+        if (
+            samples.shape != (self._pushed - self._window_start(self._units),)
+            or overlap.shape != (expected,)
+            or last_rows.shape != self._last_rows.shape
+            or not 0 <= self._inserted <= self._pushed
+            or not 0 <= self._audio_end <= self._pushed
+            or self._units < 0
+        ):
+            raise ValueError("front end state does not fit this configuration")
+        self._samples.append(samples)
+        self._overlap, self._last_rows = overlap.copy(), last_rows.copy()
+        if expected:
+            self._feed(self._overlap)
+        return self
+
+    def _window_start(self, unit: int) -> int:
+        """First input sample that `unit` and later ones need, aligned so that both rates' phases agree."""
+        first = unit * self.config.unit + (self.config.overlap if unit else 0)
+        start = max(0, first * self._in_step // self._out_step - self._context)
+        return start // self._in_step * self._in_step
+
+    def _window_end(self, unit: int) -> int:
+        """One past the last input sample that `unit` needs."""
+        last = (unit + 1) * self.config.unit + self.config.overlap
+        return -(-last * self._in_step // self._out_step) + self._context
+
+    def _next_unit(self, rows: Float32) -> None:
+        """Compute the next unit's log-mel rows into `rows` [subsampling, mel_bins]."""
+        c = self.config
+        unit, start = self._units, self._window_start(self._units)
+        audio = self._samples.view()[: self._window_end(unit) - start]
+        if self.sample_rate != c.sample_rate:
+            first = unit * c.unit + (c.overlap if unit else 0)
+            offset = first - start // self._in_step * self._out_step
+            length = (unit + 1) * c.unit + c.overlap - first
+            audio = soxr.resample(audio, self.sample_rate, c.sample_rate, "HQ")[offset : offset + length]
+        self._feed(audio)
+        self._overlap = audio[len(audio) - c.overlap :].copy()
+        for row in rows:
+            row[:] = self._extractor.get_frame(self._extracted)
+            self._extracted += 1
+        self._extractor.pop(c.subsampling)
+        np.maximum(rows, np.float32(c.log_floor), out=rows)
+        self._units += 1
+        self._samples.discard(self._window_start(self._units) - start)
+
+    def _feed(self, audio: Float32) -> None:
+        # A list of Python floats crosses pybind11's sequence caster twice as fast as an array does.
+        self._extractor.accept_waveform(self.config.sample_rate, (audio * _INT16_SCALE).tolist())
+
+
+def offline_features(samples: Float32, sample_rate: int, config: FrontendConfig | None = None) -> Float32:
+    """Un-normalised log-mel features [4 * ceil(n / 640), mel_bins] of a whole recording.
+
+    Exactly what `Frontend` computes while streaming, end rule included; `n` counts model-rate samples.
+    `samples` is mono float32 in [-1, 1]. Raises ValueError for a sample rate outside 8000..48000 Hz.
+    """
+    frontend = Frontend(sample_rate, config)
+    frontend.push(samples)
+    frontend.finish()
+    c = frontend.config
+    return frontend.take()[:, c.left_context :].reshape(-1, c.mel_bins)
+
+
+def windows_of(
+    features: Float32, config: FrontendConfig | None = None, *, mean: Float32, std: Float32
+) -> Float32:
+    """Encoder input windows [T / 4, window, mel_bins] of `offline_features` [T, mel_bins].
+
+    Equal to what `Frontend.take` gives.
+    """
+    c = config or FrontendConfig()
+    scaled = (features - np.asarray(mean, np.float32)) * (1 / np.asarray(std, np.float32))
+    padded = np.concatenate((np.zeros((c.left_context, c.mel_bins), np.float32), scaled))
+    view = np.lib.stride_tricks.sliding_window_view(padded, c.window, axis=0)[:: c.subsampling]
+    return np.ascontiguousarray(view.transpose(0, 2, 1))
+
+
+class _Fifo:
+    """Samples in order: amortised O(1) append and discard; the buffer shrinks again after a burst."""
+
+    def __init__(self) -> None:
+        self._buffer = np.zeros(2048, np.float32)
+        self._start = 0
+        self._end = 0
+
+    def append(self, samples: Float32) -> None:
+        n, held = len(samples), self._end - self._start
+        if self._end + n > len(self._buffer):
+            size = max(2048, 2 * (held + n))
+            buffer = self._buffer if size <= len(self._buffer) <= 2 * size else np.zeros(size, np.float32)
+            buffer[:held] = self._buffer[self._start : self._end]
+            self._buffer, self._start, self._end = buffer, 0, held
+        self._buffer[self._end : self._end + n] = samples
+        self._end += n
+
+    def discard(self, n: int) -> None:
+        self._start += n
+
+    def view(self) -> Float32:
+        return self._buffer[self._start : self._end]
+
+
+def _new_extractor(config: FrontendConfig) -> kaldi_native_fbank.OnlineFbank:
+    options = kaldi_native_fbank.FbankOptions()
+    options.frame_opts.samp_freq = config.sample_rate
+    options.frame_opts.frame_length_ms = config.frame_ms
+    options.frame_opts.frame_shift_ms = config.shift_ms
+    options.frame_opts.dither = 0.0
+    options.frame_opts.snip_edges = True
+    options.mel_opts.num_bins = config.mel_bins
+    options.mel_opts.low_freq = config.low_freq
+    options.mel_opts.high_freq = config.high_freq
+    return kaldi_native_fbank.OnlineFbank(options)
