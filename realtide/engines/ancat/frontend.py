@@ -314,15 +314,21 @@ class _Fifo:
     def append(self, samples: Float32) -> None:
         n, held = len(samples), self._end - self._start
         if self._end + n > len(self._buffer):
-            size = max(2048, 2 * (held + n))
-            buffer = self._buffer if size <= len(self._buffer) <= 2 * size else np.zeros(size, np.float32)
-            buffer[:held] = self._buffer[self._start : self._end]
-            self._buffer, self._start, self._end = buffer, 0, held
+            self._move(max(2048, 2 * (held + n)))
         self._buffer[self._end : self._end + n] = samples
         self._end += n
 
     def discard(self, n: int) -> None:
         self._start += n
+        held = self._end - self._start
+        if 8 * max(1024, held) <= len(self._buffer):
+            self._move(max(2048, 2 * held))
+
+    def _move(self, size: int) -> None:
+        held = self._end - self._start
+        buffer = np.empty(size, np.float32)
+        buffer[:held] = self._buffer[self._start : self._end]
+        self._buffer, self._start, self._end = buffer, 0, held
 
     def view(self) -> Float32:
         return self._buffer[self._start : self._end]
