@@ -1,8 +1,8 @@
 """Generate the Python stubs of `proto/` into `clients/python/realtide_client/v1`.
 
-protoc places modules by the path of their .proto file, `realtide/v1`, which would collide with the server's own package
-`realtide`. The stubs live inside the client instead, with relative imports, so that the client installs alone. The
-descriptors keep their path, which is what reflection and other languages see.
+protoc places modules by the path of their .proto file, `realtide/v1`, which would collide with the server's
+own package `realtide`. The stubs live inside the client instead, with relative imports, so that the client
+installs alone. The descriptors keep their path, which is what reflection and other languages see.
 
 Usage: python tools/generate_stubs.py [--out DIRECTORY] [--check]
 """

@@ -1,0 +1,66 @@
+# Daily commands. Everything is installed into .venv; a stamp file per set of extras makes later runs quick.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.13 python3,$(shell command -v $(v) 2>/dev/null)))
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
+# Changes of the contract are compared with this commit; none (a first push, a shallow clone): not compared.
+BASE ?= $(shell git rev-parse -q --verify origin/main 2>/dev/null || git describe --tags --abbrev=0 2>/dev/null)
+
+.PHONY: help demo serve test lint format typecheck bench stubs clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+demo: $(VENV)/.serving ## Serve the bundled model and transcribe a real recording live (installs no PyTorch)
+	@$(BIN)/realtide demo
+
+serve: $(VENV)/.serving ## Serve the bundled model
+	@$(BIN)/realtide serve
+
+test: lint ## Lint, then run every test
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/.dev ## Style, types, the proto contract, and stubs that are up to date
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format -q --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	@if [ -n "$(BASE)" ] && git cat-file -e "$(BASE):proto/realtide/v1/common.proto" 2>/dev/null; then \
+	  echo "$(BIN)/buf breaking --against $(BASE)"; \
+	  $(BIN)/buf breaking --against ".git#ref=$(BASE)"; \
+	fi
+	$(BIN)/python tools/generate_stubs.py --check
+
+format: $(VENV)/.dev ## Put code and proto into the house style
+	$(BIN)/ruff check -q --fix .
+	$(BIN)/ruff format -q .
+	$(BIN)/buf format --write
+
+bench: $(VENV)/.dev ## Every benchmark behind a claim in the README
+	$(BIN)/realtide bench speech
+	$(BIN)/realtide bench lookahead
+
+stubs: $(VENV)/.dev ## Generate the Python stubs from proto/
+	$(BIN)/python tools/generate_stubs.py
+
+clean: ## Remove what was built
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; $(PYTHON) is older" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.serving: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[cpu]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(PIP) -e '.[cpu,export,train,dev]'
+	@touch $@ $(VENV)/.serving
