@@ -1,0 +1,93 @@
+"""Batches for training and evaluation out of a pool: length-bucketed, SpecAugmented log-mel windows (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pool import Pool, Record
+
+from realtide.engines.ancat.config import EncoderConfig
+from realtide.engines.ancat.offline import windows_of
+from realtide.engines.ancat.tokenizer import Tokenizer
+from realtide.engines.ancat.training import Batch
+
+
+@dataclass(slots=True)
+class Corpus:
+    """A pool with its targets. `examples` are (record, token ids, encoder frames) of the usable records."""
+
+    pool: Pool
+    mean: npt.NDArray[np.float32]
+    std: npt.NDArray[np.float32]
+    examples: list[tuple[Record, list[int], int]]
+
+
+def corpus(pool: Pool, records: Sequence[Record], tokenizer: Tokenizer, cmvn: npt.NDArray[np.float32], stride: int) -> Corpus:
+    """Tokenize; records whose text has more tokens than frames are of no use to a transducer's alignment and are left out."""
+    examples = []
+    for record in records:
+        ids = list(tokenizer.encode(record.text))
+        frames = record.frames // stride
+        if len(ids) < frames:
+            examples.append((record, ids, frames))
+    return Corpus(pool, cmvn[0], cmvn[1], examples)
+
+
+def spec_augment(mel: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.float32]:
+    """SpecAugment on normalised features [F, 80]: 2 frequency masks of up to 18 bins, time masks of up to 25 frames, one a second."""
+    out = mel.copy()
+    out += rng.normal(0.0, 0.25)
+    for _ in range(2):
+        width = int(rng.integers(0, 19))
+        start = int(rng.integers(0, mel.shape[1] - width))
+        out[:, start : start + width] = 0.0
+    for _ in range(max(1, min(8, len(mel) // 100))):
+        width = int(rng.integers(0, min(26, max(1, len(mel) // 6) + 1)))
+        start = int(rng.integers(0, len(mel) - width + 1))
+        out[start : start + width] = 0.0
+    return out
+
+
+def make_batch(data: Corpus, picked: Sequence[int], config: EncoderConfig, rng: np.random.Generator | None) -> Batch:
+    """Stack examples; with a generator they are SpecAugmented."""
+    mels, targets, frames = [], [], []
+    for index in picked:
+        record, ids, count = data.examples[index]
+        mel = (np.asarray(data.pool.mel(record), np.float32) - data.mean) / data.std
+        mels.append(mel if rng is None else spec_augment(mel, rng))
+        targets.append(ids)
+        frames.append(count)
+    longest, tokens = max(frames), max(1, max(len(ids) for ids in targets))
+    features = np.zeros((len(mels), longest * config.stride, config.mel_bins), np.float32)
+    padded = np.zeros((len(mels), tokens), np.int64)
+    for row, (mel, ids) in enumerate(zip(mels, targets, strict=True)):
+        cut = min(len(mel), features.shape[1])
+        features[row, :cut] = mel[:cut]
+        padded[row, : len(ids)] = ids
+    return Batch(
+        windows_of(torch.from_numpy(features), config),
+        torch.tensor(frames),
+        torch.from_numpy(padded),
+        torch.tensor([len(ids) for ids in targets]),
+    )
+
+
+def epochs(data: Corpus, budget: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """Endless index lists of similar length, each at most `budget` encoder frames with padding."""
+    lengths = np.array([frames for _, _, frames in data.examples])
+    while True:
+        order = np.argsort(lengths + rng.uniform(0, 8, len(lengths)), kind="stable")
+        lists: list[list[int]] = []
+        current: list[int] = []
+        for index in order:
+            if current and (len(current) + 1) * max(int(lengths[index]), int(lengths[current].max())) > budget:
+                lists.append(current)
+                current = []
+            current.append(int(index))
+        lists.append(current)
+        for at in rng.permutation(len(lists)):
+            yield lists[int(at)]

@@ -1,0 +1,217 @@
+"""Train ANCAT or one of its baselines on a prepared pool (see README.md for the whole recipe; ours).
+
+    python models/ancat-commands-en/recipe/train.py --pool DIR --out DIR --mixed --steps 3000          # common start
+    python models/ancat-commands-en/recipe/train.py --pool DIR --out DIR --init CKPT --rule adaptive   # ANCAT
+    python models/ancat-commands-en/recipe/train.py --pool DIR --out DIR --init CKPT --rule chunked --right 7
+
+The common start meets every rule (a rule is drawn for each step), so ANCAT and the baselines begin alike and are then
+trained alike, with the same data, seed and number of steps; only the rule that opens arcs differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from batches import Corpus, corpus, epochs, make_batch
+from pool import load_pool
+from torch import Tensor
+
+from realtide.engines.ancat.config import EncoderConfig
+from realtide.engines.ancat.model import Transducer
+from realtide.engines.ancat.offline import encode, hard_arcs
+from realtide.engines.ancat.tokenizer import Tokenizer
+from realtide.engines.ancat.training import ArcSampler, Schedule, average, losses
+
+MIXED = {"adaptive": 0.45, "causal": 0.1, "layerwise": 0.15, "chunked": 0.3}
+
+
+def greedy(model: Transducer, encoded: Tensor, frames: Tensor, per_frame: int = 3) -> list[list[int]]:
+    """Frame-synchronous greedy search over encoder rows [B, T, J] for quick looks while training -> token ids."""
+    batch = encoded.shape[0]
+    context = torch.zeros(batch, 2, dtype=torch.long)
+    found: list[list[int]] = [[] for _ in range(batch)]
+    for t in range(encoded.shape[1]):
+        live = t < frames
+        for _ in range(per_frame):
+            token = model.joiner(encoded[:, t], model.predictor(context)).argmax(-1)
+            emit = live & (token != 0)
+            if not bool(emit.any()):
+                break
+            for b in emit.nonzero().flatten().tolist():
+                found[b].append(int(token[b]))
+            context = torch.where(emit.unsqueeze(1), torch.stack([context[:, 1], token], 1), context)
+            live = emit
+    return found
+
+
+def distance(a: list[str], b: list[str]) -> int:
+    """Edit distance between word lists."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+@torch.no_grad()
+def evaluate(model: Transducer, data: Corpus, tokenizer: Tokenizer, config: EncoderConfig, bias: float) -> dict[str, float]:
+    """Word error rate in percent per set and in all, and the mean arc weight, with hard arcs at `bias`."""
+    model.eval()
+    errors: dict[str, list[int]] = {}
+    weight = []
+    order = sorted(range(len(data.examples)), key=lambda i: data.examples[i][2])
+    for start in range(0, len(order), 24):
+        picked = order[start : start + 24]
+        batch = make_batch(data, picked, config, None)
+        out = encode(model.encoder, batch.windows, batch.frames, hard_arcs(config, bias))
+        weight.append(float(out.arcs.mean()) if config.right else 0.0)
+        for index, ids in zip(picked, greedy(model, out.rows, batch.frames), strict=True):
+            record = data.examples[index][0]
+            words, text = record.text.split(), tokenizer.decode(ids).split()
+            for key in (record.set, "all"):
+                entry = errors.setdefault(key, [0, 0])
+                entry[0] += distance(words, text)
+                entry[1] += len(words)
+    model.train()
+    return {key: round(100 * wrong / max(1, count), 2) for key, (wrong, count) in sorted(errors.items())} | {
+        "arcs": round(float(np.mean(weight)), 3)
+    }
+
+
+def start_from(model: Transducer, path: Path) -> None:
+    """Load a checkpoint of the common start; position biases beyond this model's right context are cut, a scheduler that it
+    does not have is left out and the schedulers' arcs beyond `right` are cut. Raises ValueError for any other difference."""
+    weights = torch.load(path, weights_only=True)["weights"]
+    own = model.state_dict()
+    kept = {}
+    for name, value in weights.items():
+        if name not in own:
+            if ".scheduler." not in name:
+                raise ValueError(f"{path}: unexpected weight {name}")
+            continue
+        target = own[name]
+        if name.endswith("relative") or ".scheduler.out." in name:
+            value = value[tuple(slice(0, n) for n in target.shape)]
+        if value.shape != target.shape:
+            raise ValueError(f"{path}: weight {name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}")
+        kept[name] = value
+    model.load_state_dict(kept)
+
+
+def main() -> None:
+    """Command line."""
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--pool", type=Path, required=True, help="folder with train/, dev/, cmvn.npy and tokenizer.model")
+    parse.add_argument("--out", type=Path, required=True)
+    parse.add_argument("--init", type=Path, help="checkpoint of the common start")
+    parse.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
+    parse.add_argument("--mixed", action="store_true", help="draw the rule anew for each step")
+    parse.add_argument("--rule", default="adaptive", choices=["adaptive", "causal", "layerwise", "chunked"])
+    parse.add_argument("--right", type=int, default=4)
+    parse.add_argument("--steps", type=int, default=3000)
+    parse.add_argument("--lr", type=float, default=2e-3)
+    parse.add_argument("--warmup", type=int, default=300)
+    parse.add_argument("--frames", type=int, default=2400, help="encoder frames (40 ms) a batch, padding included")
+    parse.add_argument("--naive", type=float, default=0.0)
+    parse.add_argument("--algorithmic", type=float, default=0.0)
+    parse.add_argument("--compute", type=float, default=0.0)
+    parse.add_argument("--fastemit", type=float, default=0.01)
+    parse.add_argument("--hard-from", type=float, default=0.6)
+    parse.add_argument("--evaluate-every", type=int, default=500)
+    parse.add_argument("--seed", type=int, default=7)
+    parse.add_argument("--threads", type=int, default=1)
+    args = parse.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    tokenizer = Tokenizer(args.pool / "tokenizer.model")
+    right = 15 if args.mixed else 0 if args.rule == "causal" else args.right
+    config = EncoderConfig(rule="adaptive" if args.mixed else args.rule, right=right, vocab=tokenizer.vocab)
+    cmvn = np.load(args.pool / "cmvn.npy")
+    train_pool, dev_pool = load_pool(args.pool / "train"), load_pool(args.pool / "dev")
+    train = corpus(train_pool, train_pool.records, tokenizer, cmvn, config.stride)
+    dev = corpus(dev_pool, dev_pool.records, tokenizer, cmvn, config.stride)
+    schedule = Schedule(
+        steps=args.steps, peak_lr=args.lr, warmup=args.warmup, naive=args.naive, algorithmic=args.algorithmic,
+        compute=args.compute, fastemit=args.fastemit, hard_from=args.hard_from, mixed=MIXED if args.mixed else {},
+    )  # fmt: skip
+    model = Transducer(config)
+    if args.init:
+        start_from(model, args.init)
+    decay, plain = [], []
+    for value in model.parameters():
+        (decay if value.ndim > 1 else plain).append(value)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=schedule.peak_lr, betas=(0.9, 0.98),
+    )  # fmt: skip
+    shadow = {name: value.clone() for name, value in model.state_dict().items()}
+    first = 0
+    if args.resume and (args.out / "last.pt").exists():
+        saved = torch.load(args.out / "last.pt", weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        shadow, first = saved["weights"], saved["step"]
+    log = (args.out / "log.jsonl").open("a")
+
+    def report(values: dict[str, object]) -> None:
+        log.write(json.dumps(values) + "\n")
+        log.flush()
+
+    def save(step: int) -> None:
+        state = {"weights": shadow, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        torch.save(state | {"config": config.to_dict()}, args.out / "last.tmp")
+        (args.out / "last.tmp").rename(args.out / "last.pt")
+
+    def look(step: int) -> None:
+        twin = Transducer(config)
+        twin.load_state_dict(shadow)
+        for bias in (-3.0, 0.0, 3.0) if config.rule == "adaptive" else (0.0,):
+            report({"step": step, "dev": evaluate(twin, dev, tokenizer, config, bias), "bias": bias})
+
+    names = list(schedule.mixed) or [config.rule]
+    chances = np.array([schedule.mixed.get(name, 1.0) for name in names])
+    began, sums, seen = time.monotonic(), dict[str, float](), 0
+    for step, picked in zip(range(first, args.steps), epochs(train, args.frames, rng), strict=False):
+        batch = make_batch(train, picked, config, rng)
+        rule = str(rng.choice(names, p=chances / chances.sum()))
+        sampler = ArcSampler(config, schedule, step / args.steps, rule, generator, len(picked))
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr(step)
+        parts = losses(model, batch, sampler, schedule, bf16=True)
+        if not bool(torch.isfinite(parts["total"])):
+            report({"step": step, "skipped": "loss is not finite"})
+            continue
+        optimizer.zero_grad(set_to_none=True)
+        parts["total"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+        optimizer.step()
+        average(shadow, model, min(0.998, (1 + step - first) / (10 + step - first)))
+        for name, value in parts.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        seen += 1
+        if (step + 1) % 50 == 0:
+            means = {name: round(total / seen, 4) for name, total in sums.items()}
+            report({"step": step + 1, "seconds": round(time.monotonic() - began, 1), **means})
+            sums, seen = {}, 0
+        if (step + 1) % 250 == 0:
+            save(step + 1)
+        if (step + 1) % args.evaluate_every == 0:
+            look(step + 1)
+    save(args.steps)
+    (args.out / "run.json").write_text(json.dumps({"config": config.to_dict(), "arguments": {k: str(v) for k, v in vars(args).items()}}))
+    torch.save({"weights": shadow, "config": replace(config).to_dict()}, args.out / "final.pt")
+
+
+if __name__ == "__main__":
+    main()
