@@ -1,0 +1,74 @@
+"""Weights of a bundle: one safetensors file, in the dtype it was stored in, read tensor by tensor (ours).
+
+The graphs of a bundle carry no weights. Their initializers are named as the safetensors file's tensors, and
+`resolve` produces the values a graph asks for: cast to the graph's dtype, or quantized to int8 by `quantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from realtide.engines.runtime.program import Array, ProgramError, TensorSpec
+from realtide.engines.runtime.quantize import derived
+
+
+class WeightFile(Mapping[str, Array]):
+    """A safetensors file as a read-only mapping. Tensors are read when asked for and not kept.
+
+    Raises:
+        ProgramError: the file is missing or is no safetensors file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path)
+        try:
+            file: Any = safe_open(self._path, framework="np")
+            self._file = file
+            self._names = tuple(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise ProgramError(f"{self._path}: {error}") from error
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._names:
+            raise KeyError(name)
+        array: Array = self._file.get_tensor(name)
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def resolve(spec: TensorSpec, weights: Mapping[str, Array]) -> Array:
+    """The value of one initializer, C-contiguous and in the graph's dtype.
+
+    Args:
+        spec: name, dtype and shape that the graph declares.
+        weights: stored tensors by name (float16 or float32, or integers that are taken as they are).
+
+    Raises:
+        ProgramError: there is no such weight, or it does not have the graph's shape, or the graph wants a
+            float where an integer is stored or the other way round.
+    """
+    recipe = derived(spec.name)
+    name = recipe[0] if recipe else spec.name
+    if name not in weights:
+        raise ProgramError(f"the graph wants weight {name!r}, which the weight file lacks")
+    make: Callable[[Array], Array] = recipe[1] if recipe else np.asarray
+    array = make(weights[name])
+    if array.shape != spec.shape:
+        raise ProgramError(
+            f"weight {spec.name!r} must be {spec.describe()}, not {array.dtype.name}{list(array.shape)}"
+        )
+    if array.dtype != spec.dtype:
+        if not (array.dtype.kind == spec.dtype.kind == "f"):
+            raise ProgramError(f"weight {spec.name!r} must be {spec.describe()}, not {array.dtype.name}")
+        array = array.astype(spec.dtype)
+    return np.ascontiguousarray(array)
