@@ -1,19 +1,20 @@
-"""Augmentation of 16 kHz waveforms: voices, rooms, noises, levels and lines that the recordings do not have (ours).
+"""Augmentation of 16 kHz waveforms: voices, rooms, noises, levels and lines that recordings lack (ours).
 
-Every function takes a `numpy.random.Generator` and is a pure function of it and its input, so a seed fixes the pool.
-Waveforms are float32 [samples] in about [-1, 1]. No recorded noise is used: noises are synthetic colours, or babble
-made of other training clips.
+Every function takes a `numpy.random.Generator` and is a pure function of it and its input, so a seed fixes
+the pool. Waveforms are float32 [samples] in about [-1, 1]. No recorded noise is used: noises are synthetic
+colours, or babble made of other training clips.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import soxr
-from scipy.signal import butter, fftconvolve, sosfilt
+from scipy.signal import butter, fftconvolve, lfilter, sosfilt
 
 Wave = npt.NDArray[np.float32]
 Rng = np.random.Generator
@@ -30,7 +31,7 @@ def warp_speed(wave: Wave, factor: float) -> Wave:
 
 
 def stretch_tempo(wave: Wave, factor: float) -> Wave:
-    """Play `factor` times as fast at the same pitch: overlap-add of 30 ms pieces that are aligned by correlation.
+    """Play `factor` times as fast at the same pitch: overlap-add of 30 ms pieces aligned by correlation.
 
     Source: Verhelst and Roelands, WSOLA, ICASSP 1993 (this is its plain form with a 7.5 ms search).
     """
@@ -57,26 +58,33 @@ def stretch_tempo(wave: Wave, factor: float) -> Wave:
     return out[: max(1, int(len(wave) / factor))]
 
 
-def colour_noise(colour: str, samples: int, rng: Rng) -> Wave:
-    """Noise of unit power with a spectrum that is flat (white) or falls 3 dB (pink) or 6 dB (brown) an octave.
+@cache
+def _noise_loop(colour: str) -> Wave:
+    """Half a minute of noise of unit power that joins end to start without a seam, made once."""
+    size = 1 << 19
+    rng = np.random.default_rng(COLOURS.index(colour))
+    spectrum = np.fft.rfft(rng.standard_normal(size))
+    # Levelled off under 50 Hz, or nearly all power would lie below what a microphone passes.
+    frequency = np.maximum(np.fft.rfftfreq(size, 1 / RATE), 50.0)
+    noise = np.fft.irfft(spectrum / frequency ** (0.5 * COLOURS.index(colour)), size)
+    return np.asarray(noise / np.sqrt(np.mean(noise**2)), np.float32)
 
-    Raises ValueError for another colour.
+
+def colour_noise(colour: str, samples: int, rng: Rng) -> Wave:
+    """Noise of unit power whose spectrum is flat (white) or falls 3 dB (pink) or 6 dB (brown) an octave.
+
+    A stretch of a fixed loop from a random place: a transform for every clip would cost more than all other
+    effects. Raises ValueError for another colour.
     """
     if colour not in COLOURS:
         raise ValueError(f"colour must be one of {', '.join(COLOURS)}, got {colour!r}")
-    white = rng.standard_normal(samples).astype(np.float32)
-    if colour == "white" or samples < 2:
-        return white
-    spectrum = np.fft.rfft(white)
-    # Levelled off under 50 Hz, or nearly all power would lie below what a microphone passes.
-    frequency = np.maximum(np.fft.rfftfreq(samples, 1 / RATE), 50.0)
-    spectrum /= frequency ** (0.5 if colour == "pink" else 1.0)
-    noise = np.fft.irfft(spectrum, samples)
-    return np.asarray(noise / (np.sqrt(np.mean(noise**2)) + 1e-12), np.float32)
+    loop = _noise_loop(colour)
+    start = int(rng.integers(len(loop)))
+    return np.take(loop, np.arange(start, start + samples), mode="wrap")
 
 
 def babble(clips: Sequence[Wave], samples: int, rng: Rng, voices: int = 4) -> Wave:
-    """Several people at once, unit power: `voices` clips drawn from `clips`, each at one level, repeated to length."""
+    """Several people at once, unit power: `voices` clips drawn from `clips`, levelled, repeated to length."""
     total = np.zeros(samples, np.float32)
     for index in rng.integers(len(clips), size=voices):
         clip = clips[int(index)]
@@ -102,8 +110,8 @@ def add_noise(wave: Wave, noise: Wave, snr_db: float) -> Wave:
 def room_response(rng: Rng, rt60: float | None = None) -> Wave:
     """A room's impulse response whose direct sound is sample 0, so that words keep their times.
 
-    Some early reflections within 40 ms, then noise that decays by 60 dB in `rt60` seconds (0.1 to 0.5 by default),
-    3 to 15 dB under the direct sound.
+    Some early reflections within 40 ms, then noise that decays by 60 dB in `rt60` seconds (0.1 to 0.5 by
+    default), 3 to 15 dB under the direct sound.
     """
     decay = float(rng.uniform(0.1, 0.5)) if rt60 is None else rt60
     samples = int(decay * RATE)
@@ -127,10 +135,15 @@ def reverberate(wave: Wave, response: Wave) -> Wave:
     return np.asarray(wet * (speech_level(wave) / speech_level(wet)), np.float32)
 
 
+@cache
+def _telephone_band() -> npt.NDArray[np.float64]:
+    return np.asarray(butter(4, [300, 3400], "bandpass", fs=8000, output="sos"))
+
+
 def telephone(wave: Wave, mu_law: bool = True) -> Wave:
     """A telephone line: 300-3400 Hz, 8 kHz and, if `mu_law`, 8-bit companding (ITU-T G.711)."""
     narrow = np.asarray(soxr.resample(wave, RATE, 8000), np.float32)
-    narrow = sosfilt(butter(4, [300, 3400], "bandpass", fs=8000, output="sos"), narrow)
+    narrow = sosfilt(_telephone_band(), narrow)
     if mu_law:
         clipped = np.clip(narrow, -1, 1)
         code = np.round(np.sign(clipped) * np.log1p(255 * np.abs(clipped)) / np.log(256) * 127) / 127
@@ -142,9 +155,14 @@ def tilt(wave: Wave, rng: Rng) -> Wave:
     """Another microphone: a first-order shelf that lifts or lowers the treble by up to 8 dB, level kept."""
     gain = 10 ** (float(rng.uniform(-8, 8)) / 20)
     corner = float(rng.uniform(500, 3000))
-    low = sosfilt(butter(1, corner, "lowpass", fs=RATE, output="sos"), wave)
+    # First-order low-pass by the bilinear transform, written out: designing it anew took longer than
+    # filtering.
+    k = np.tan(np.pi * corner / RATE)
+    low = lfilter([k / (1 + k), k / (1 + k)], [1, (k - 1) / (k + 1)], wave)
     changed = low + gain * (wave - low)
-    return np.asarray(changed * (speech_level(wave) / speech_level(np.asarray(changed, np.float32))), np.float32)
+    return np.asarray(
+        changed * (speech_level(wave) / speech_level(np.asarray(changed, np.float32))), np.float32
+    )
 
 
 def fade(wave: Wave, milliseconds: float = 5.0) -> Wave:
@@ -160,9 +178,10 @@ def fade(wave: Wave, milliseconds: float = 5.0) -> Wave:
 
 
 def speech_bounds(wave: Wave, depth_db: float = 30.0) -> tuple[int, int]:
-    """First and one-past-last sample of speech: where 10 ms frames come within `depth_db` of the loudest ones.
+    """First and one-past-last sample of speech: 10 ms frames within `depth_db` of the loudest ones.
 
-    The threshold never falls under 6 dB above the clip's own noise floor. An all-quiet clip counts as speech whole.
+    The threshold never falls under 6 dB above the clip's own noise floor. An all-quiet clip counts as speech
+    whole.
     """
     hop = RATE // 100
     frames = wave[: len(wave) // hop * hop].reshape(-1, hop)
@@ -194,7 +213,7 @@ class Strength:
 
 
 def change_voice(wave: Wave, rng: Rng, strength: Strength) -> Wave:
-    """Another speaker's rate, pitch and tract: what must be the same for all words of one utterance's speaker."""
+    """Another speaker's rate, pitch and tract."""
     if rng.random() < strength.p_speed:
         wave = warp_speed(wave, float(rng.uniform(*strength.speed)))
     if rng.random() < strength.p_tempo:
@@ -203,7 +222,7 @@ def change_voice(wave: Wave, rng: Rng, strength: Strength) -> Wave:
 
 
 def change_channel(wave: Wave, rng: Rng, strength: Strength, clips: Sequence[Wave]) -> Wave:
-    """Another room, background, microphone, line and level. Keeps length and times; the result lies in [-1, 1]."""
+    """Another room, background, microphone, line and level; keeps length and times, ends in [-1, 1]."""
     if rng.random() < strength.p_room:
         wave = reverberate(wave, room_response(rng))
     if rng.random() < strength.p_tilt:
@@ -217,9 +236,10 @@ def change_channel(wave: Wave, rng: Rng, strength: Strength, clips: Sequence[Wav
     if rng.random() < strength.p_telephone:
         wave = telephone(wave, mu_law=bool(rng.random() < 0.7))[: len(wave)]
     peak = float(np.max(np.abs(wave)) + 1e-9)
-    wave = np.clip(wave * np.float32(10 ** (float(rng.uniform(*strength.peak_db)) / 20) / peak), -1, 1)
+    gain = 10 ** (float(rng.uniform(*strength.peak_db)) / 20) / peak
+    wave = np.clip(wave * np.float32(gain), -1, 1)
     if rng.random() < 0.6:
-        # A 16 kHz device delivers 16-bit integers; the rest stand for 8 kHz lines, whose empty upper band has no
-        # rounding noise once the front end has resampled it.
-        wave = np.round(wave * 32768) / 32768
+        # A 16 kHz device delivers 16-bit integers; the rest stand for 8 kHz lines, whose empty upper band has
+        # no rounding noise once the front end has resampled it.
+        wave = np.asarray(np.round(wave * 32768) / 32768, np.float32)
     return np.asarray(np.clip(wave, -1, 1), np.float32)

@@ -1,10 +1,10 @@
 """The recordings: which exist, what they say, and who may learn from them (ours).
 
-Every clip of the tables in shared/data/speech keeps the split that its table names. Debian's telephone prompts
-follow the issue's rule: a prompt is test if the CRC-32 of its name is divisible by 10. *Name* is the key of the
-transcript list core-sounds-en.txt, UTF-8, without extension, with its folder where it has one: "activated",
-"digits/7". A development part (for choosing anything) is carved out of train by the same kind of rule, so that it
-never moves when clips are added; test is for reported scores only.
+Every clip of the tables in shared/data/speech keeps the split that its table names. Debian's telephone
+prompts follow the issue's rule: a prompt is test if the CRC-32 of its name is divisible by 10. *Name* is the
+key of the transcript list core-sounds-en.txt, UTF-8, without extension, with its folder where it has one:
+"activated", "digits/7". A development part (for choosing anything) is carved out of train by the same kind of
+rule, so that it never moves when clips are added; test is for reported scores only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ import soxr
 from pool import Pool, load_pool
 from text import normalise, prompt_text
 
-__all__ = ["RATE", "Pool", "PromptCount", "Utterance", "load_audio", "load_pool", "read_prompts", "read_tables"]
+__all__ = [
+    "RATE",
+    "Pool",
+    "PromptCount",
+    "Utterance",
+    "load_audio",
+    "load_pool",
+    "read_prompts",
+    "read_tables",
+]
 
 RATE = 16000  # samples per second of everything the recipe handles
 SETS = ("fsdd", "coffee", "wakeword", "librispeech-test-other")
@@ -36,7 +45,7 @@ PROMPT_LIST = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """One recording and what it says. `set` is the source, `split` train, dev or test, `seconds` its length."""
+    """One recording and what it says: `set` is the source, `split` train, dev or test."""
 
     name: str
     path: Path
@@ -51,7 +60,7 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True)
 class PromptCount:
-    """How many prompts the list names, how many were dropped for non-speech or unknown readings or a missing file."""
+    """How many prompts are listed, and how many were left out because of text, missing file or length."""
 
     listed: int
     dropped_text: int
@@ -67,8 +76,8 @@ def crc(name: str) -> int:
 def read_tables(speech: Path, hold_out_speaker: str | None = None) -> list[Utterance]:
     """All clips of `speech`/*.tsv with train divided into train and dev.
 
-    `hold_out_speaker` moves one FSDD speaker's train and dev takes to the split "held-out", to measure what an unseen
-    speaker costs. Raises FileNotFoundError if a table is missing, KeyError if it lacks a column.
+    `hold_out_speaker` moves one FSDD speaker's train and dev takes to the split "held-out", to measure what
+    an unseen speaker costs. Raises FileNotFoundError if a table is missing, KeyError if it lacks a column.
     """
     found: list[Utterance] = []
     for name in SETS:
@@ -106,8 +115,8 @@ def read_prompts(
 ) -> tuple[list[Utterance], PromptCount]:
     """Debian's telephone prompts: 8 kHz WAV (asterisk-core-sounds-en-wav) or, `wide`, 16 kHz G.722.
 
-    Train prompts of more than `longest` seconds are left out: they would weigh a batch down. Test: CRC-32 of the name
-    divisible by 10, whatever its length; dev: CRC-32 leaves 1 when divided by 20.
+    Train prompts of more than `longest` seconds are left out: they would weigh a batch down. Test: CRC-32 of
+    the name divisible by 10, whatever its length; dev: CRC-32 leaves 1 when divided by 20.
     """
     suffix = ".g722" if wide else ".wav"
     found: list[Utterance] = []
@@ -152,13 +161,28 @@ def load_audio(path: Path, rate: int = RATE) -> npt.NDArray[np.float32]:
     """Mono samples in [-1, 1] at `rate`. G.722 is decoded by the ffmpeg program, all else by libsndfile."""
     if path.suffix == ".g722":
         raw = subprocess.run(
-            ["ffmpeg", "-v", "error", "-f", "g722", "-i", str(path), "-f", "s16le", "-ac", "1", "-ar", str(rate), "-"],
+            [
+                "ffmpeg",
+                "-v",
+                "error",
+                "-f",
+                "g722",
+                "-i",
+                str(path),
+                "-f",
+                "s16le",
+                "-ac",
+                "1",
+                "-ar",
+                str(rate),
+                "-",
+            ],
             check=True,
             capture_output=True,
         ).stdout
-        return np.frombuffer(raw, np.int16).astype(np.float32) / 32768
+        return np.asarray(np.frombuffer(raw, np.int16) / 32768, np.float32)
     samples, own_rate = soundfile.read(path, dtype="float32", always_2d=True)
-    mono: npt.NDArray[np.float32] = samples.mean(axis=1)
+    mono = np.asarray(samples.mean(axis=1), np.float32)
     if own_rate != rate:
         mono = np.asarray(soxr.resample(mono, own_rate, rate), np.float32)
     return mono

@@ -2,8 +2,8 @@
 
     features.npy  float16 [frames of all utterances, 80], log-mel as the front end gives it, not normalised
     index.jsonl   one `Record` per line, in the order of the frames
-    audio.npy     int16 [samples of all utterances], 16 kHz mono; only in pools written with audio (dev and test sets)
-    cmvn.npy      float32 [2, 80], mean and standard deviation over the pool's frames
+    audio.npy     int16 [samples of all utterances], 16 kHz mono; only in pools written with audio (dev and
+    test sets) cmvn.npy      float32 [2, 80], mean and standard deviation over the pool's frames
 
 Arrays are memory-mapped, so a pool larger than memory can be read at random.
 """
@@ -28,10 +28,10 @@ _HEADER_BYTES = 128  # room for the npy header, which is written last, when the 
 class Record:
     """One utterance of a pool.
 
-    `offset` and `frames` cut `features`; `sample_offset` and `samples` cut `audio` (zero where a pool has none).
-    `words` holds (word, start, end) in seconds from the utterance's first sample where they are known exactly
-    (strings put together from single takes), else it is empty. `kind` is real or synthetic; a mix with any
-    synthetic part is synthetic. `seconds` is the audio's length.
+    `offset` and `frames` cut `features`; `sample_offset` and `samples` cut `audio` (zero where a pool has
+    none). `words` holds (word, start, end) in seconds from the utterance's first sample where they are known
+    exactly (strings put together from single takes), else it is empty. `kind` is real or synthetic; a mix
+    with any synthetic part is synthetic. `seconds` is the audio's length.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """`features` [N, 80] float16 and `audio` [M] int16 or None, both memory maps, with one record per utterance."""
+    """`features` [N, 80] float16 and `audio` [M] int16 or None, memory-mapped; one record per utterance."""
 
     features: npt.NDArray[np.float16]
     records: tuple[Record, ...]
@@ -67,7 +67,7 @@ class Pool:
         if self.audio is None:
             raise ValueError("this pool holds no audio")
         cut = self.audio[record.sample_offset : record.sample_offset + record.samples]
-        return cut.astype(np.float32) / 32768
+        return np.asarray(cut / 32768, np.float32)
 
 
 def load_pool(path: Path | str) -> Pool:
@@ -121,7 +121,10 @@ class PoolWriter:
         self._square = np.zeros(MEL_BINS)
 
     def add(
-        self, record: Record, features: npt.NDArray[np.float16], samples: npt.NDArray[np.float32] | None = None
+        self,
+        record: Record,
+        features: npt.NDArray[np.float16],
+        samples: npt.NDArray[np.float32] | None = None,
     ) -> None:
         """Append one utterance; the offsets and lengths in `record` are filled in here."""
         row = asdict(record) | {"offset": self._features.rows, "frames": len(features)}

@@ -1,9 +1,11 @@
 """Build the feature pools that `ancat-commands-en` is trained and scored on.
 
-    python models/ancat-commands-en/recipe/prepare.py --speech shared/data/speech --out /tmp/ancat-data --name pool1
+    python models/ancat-commands-en/recipe/prepare.py --speech shared/data/speech --out /tmp/ancat-data --name
+    pool1
 
-writes OUT/NAME (training pool with cmvn.npy), OUT/eval/<set> (development and test sets with audio, and their harder
-variants) and OUT/tokenizer.model. Formats: pool.py. All seeds are fixed: the same inputs give the same pool.
+writes OUT/NAME (training pool with cmvn.npy), OUT/eval/<set> (development and test sets with audio, and their
+harder variants) and OUT/tokenizer.model. Formats: pool.py. All seeds are fixed: the same inputs give the same
+pool.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import numpy as np
 from augment import RATE, Strength, Wave
 from data import Utterance, load_audio, read_prompts, read_tables
 from pool import PoolWriter, Record, hours, load_pool
-from render import Clip, Item, clip_of, features_of, harder, join_words, render
+from render import Clip, Item, as_samples, as_wave, clip_of, features_of, harder, join_words, render
 from text import DIGITS
 from vocabulary import train_tokenizer
 
@@ -29,7 +31,14 @@ log = logging.getLogger("prepare")
 
 # Shares of the training pool's hours; the synthetic part is what `--synthetic` supplies within each set.
 SHARES = {"coffee": 0.35, "digits": 0.06, "strings": 0.19, "wakeword": 0.15, "asterisk": 0.15, "mix": 0.10}
-SYNTHETIC_SHARE = {"coffee": 0.35, "digits": 0.4, "strings": 0.3, "wakeword": 0.35, "asterisk": 0.15, "mix": 0.25}
+SYNTHETIC_SHARE = {
+    "coffee": 0.35,
+    "digits": 0.4,
+    "strings": 0.3,
+    "wakeword": 0.35,
+    "asterisk": 0.15,
+    "mix": 0.25,
+}
 SEED = 20230504
 _STATE: dict[str, object] = {}
 
@@ -79,7 +88,9 @@ class Planner:
 
     def _segments(self, group: str, kind: str) -> tuple[tuple[int, ...], ...]:
         if group == "mix":
-            parts = self._rng.choice(["coffee", "strings", "wakeword", "asterisk"], size=2, p=[0.3, 0.3, 0.3, 0.1])
+            parts = self._rng.choice(
+                ["coffee", "strings", "wakeword", "asterisk"], size=2, p=[0.3, 0.3, 0.3, 0.1]
+            )
             return tuple(self._segments(str(part), kind)[0] for part in parts)
         if group == "strings":
             # A synthetic voice reads whole strings as well as single digits that are put together.
@@ -109,12 +120,16 @@ def _work(item: Item) -> tuple[Item, np.ndarray, str, tuple[tuple[str, float, fl
     return item, features_of(made.wave), made.text, made.words, len(made.wave) / RATE
 
 
-def build_pool(folder: Path, items: Sequence[Item], clips: Sequence[Clip], noises: Sequence[Wave], jobs: int) -> None:
+def build_pool(
+    folder: Path, items: Sequence[Item], clips: Sequence[Clip], noises: Sequence[Wave], jobs: int
+) -> None:
     """Render `items` with `jobs` processes and write them, in order, to `folder`."""
     _STATE.update(clips=clips, noises=noises, strength=Strength())
     started = time.monotonic()
     with PoolWriter(folder) as writer, multiprocessing.get_context("fork").Pool(jobs) as workers:
-        for done, (item, features, text, words, seconds) in enumerate(workers.imap(_work, items, chunksize=16), 1):
+        for done, (item, features, text, words, seconds) in enumerate(
+            workers.imap(_work, items, chunksize=16), 1
+        ):
             parts = [clips[i] for segment in item.segments for i in segment]
             kind = "synthetic" if any(part.kind == "synthetic" for part in parts) else "real"
             writer.add(
@@ -137,7 +152,7 @@ def build_pool(folder: Path, items: Sequence[Item], clips: Sequence[Clip], noise
 
 
 def digit_strings(takes: Sequence[Utterance], count: int, seed: int) -> list[tuple[Record, Wave]]:
-    """Strings of 3 to 8 digits from single takes of one speaker: 50-250 ms pauses, 200 ms of silence around."""
+    """Strings of 3 to 8 digits from single takes of one speaker: 50-250 ms pauses, 200 ms around."""
     rng = np.random.default_rng(seed)
     by_speaker: dict[str, dict[str, list[Utterance]]] = defaultdict(lambda: defaultdict(list))
     for take in takes:
@@ -158,7 +173,9 @@ def digit_strings(takes: Sequence[Utterance], count: int, seed: int) -> list[tup
             for clip, (start, _) in zip(clips, spans, strict=True)
         )
         whole = np.concatenate([silence, wave, silence])
-        record = _record(f"strings/{takes[0].split}/{number:03d}", " ".join(digits), "strings", takes[0].split, speaker)
+        record = _record(
+            f"strings/{takes[0].split}/{number:03d}", " ".join(digits), "strings", takes[0].split, speaker
+        )
         made.append((_with(record, seconds=len(whole) / RATE, words=words), whole))
     return made
 
@@ -193,7 +210,7 @@ def write_eval(folder: Path, examples: Sequence[tuple[Record, Wave]], noises: Se
         with PoolWriter(folder.with_name(folder.name + suffix), audio=True) as writer:
             for index, (record, wave) in enumerate(examples):
                 # What is stored and what is scored are the same 16-bit samples.
-                heard = np.clip(np.round(change(wave, index) * 32768), -32768, 32767).astype(np.float32) / 32768
+                heard = as_wave(as_samples(change(wave, index)))
                 writer.add(record, features_of(heard), heard)
 
 
@@ -201,9 +218,13 @@ def build_evals(out: Path, utterances: Sequence[Utterance], noises: Sequence[Wav
     """Development and test sets of every source, digit strings included."""
     prompts, wide = read_prompts()[0], read_prompts(wide=True)[0]
     for split in ("dev", "test", "held-out"):
-        chosen = {name: [u for u in utterances if u.set == name and u.split == split] for name in ("fsdd", "coffee")}
+        chosen = {
+            name: [u for u in utterances if u.set == name and u.split == split] for name in ("fsdd", "coffee")
+        }
         chosen["wakeword"] = [u for u in utterances if u.set == "wakeword" and u.split == split]
-        chosen["librispeech"] = [u for u in utterances if u.set == "librispeech-test-other" and u.split == split]
+        chosen["librispeech"] = [
+            u for u in utterances if u.set == "librispeech-test-other" and u.split == split
+        ]
         chosen["asterisk"] = [u for u in prompts if u.split == split]
         chosen["asterisk16k"] = [u for u in wide if u.split == split]
         for name, members in chosen.items():
@@ -214,11 +235,30 @@ def build_evals(out: Path, utterances: Sequence[Utterance], noises: Sequence[Wav
             write_eval(out / f"strings_{split}", digit_strings(chosen["fsdd"], 300, seed), noises)
 
 
-def train_clips(utterances: Sequence[Utterance]) -> list[Clip]:
-    """All real training clips in memory, prompts at both of their sample rates."""
+def train_clips(utterances: Sequence[Utterance], cache: Path) -> list[Clip]:
+    """All real training clips in memory, prompts at both of their sample rates.
+
+    Decoded audio is kept in `cache` (an npz file) for the next run, for as long as the list of clips is the
+    same.
+    """
     prompts = [p for wide in (False, True) for p in read_prompts(wide)[0]]
     chosen = [u for u in (*utterances, *prompts) if u.split == "train"]
-    return [clip_of(load_audio(u.path), u.text, u.set, u.speaker, "real") for u in chosen]
+    paths = [str(u.path) for u in chosen]
+    if cache.exists():
+        with np.load(cache) as stored:
+            if stored["paths"].tolist() == paths:
+                waves = np.split(stored["samples"], stored["ends"][:-1])
+                return [
+                    clip_of(as_wave(wave), u.text, u.set, u.speaker, "real")
+                    for u, wave in zip(chosen, waves, strict=True)
+                ]
+    clips = [clip_of(load_audio(u.path), u.text, u.set, u.speaker, "real") for u in chosen]
+    ends = np.cumsum([len(clip.samples) for clip in clips])
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(
+        cache, paths=np.array(paths), ends=ends, samples=np.concatenate([clip.samples for clip in clips])
+    )
+    return clips
 
 
 def report(folder: Path) -> dict[str, object]:
@@ -236,7 +276,9 @@ def report(folder: Path) -> dict[str, object]:
 
 def main() -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--speech", type=Path, required=True, help="folder with the speech tables")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--name", default="pool1", help="name of the training pool")
@@ -249,14 +291,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     utterances = read_tables(args.speech, args.hold_out_speaker)
-    clips = train_clips(utterances)
+    clips = train_clips(utterances, args.out / "clips.npz")
     # Babble is made of training clips that are longer than a word.
     noises = [clip.wave()[slice(*clip.bounds)] for clip in clips if clip.speech_seconds > 1.0][::3]
     log.info("%d real training clips, prompts: %s", len(clips), read_prompts()[1])
     if args.synthetic:
         made = load_pool(args.synthetic)
         clips += [clip_of(made.samples(r), r.text, r.set, r.speaker, "synthetic") for r in made.records]
-    train_tokenizer(clips, args.out / "tokenizer.model")
+    train_tokenizer(utterances, args.out / "tokenizer.model")
     if not args.skip_eval:
         build_evals(args.out / "eval", utterances, noises)
     items = Planner(clips, SEED).plan(args.hours, synthetic=args.synthetic is not None)

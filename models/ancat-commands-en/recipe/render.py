@@ -30,9 +30,19 @@ from realtide.engines.ancat.frontend import offline_features
 Words = tuple[tuple[str, float, float], ...]
 
 
+def as_samples(wave: Wave) -> npt.NDArray[np.int16]:
+    """16-bit samples of a waveform in [-1, 1]; what lies outside is clipped."""
+    return np.clip(np.round(wave * 32768), -32768, 32767).astype(np.int16)
+
+
+def as_wave(samples: npt.NDArray[np.int16]) -> Wave:
+    """Waveform in [-1, 1] of 16-bit samples."""
+    return np.asarray(samples / 32768, np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A recording in memory: int16 samples at 16 kHz, its text, and where its speech starts and ends (samples)."""
+    """A recording in memory: int16 samples at 16 kHz, its text, and the `bounds` of its speech (samples)."""
 
     samples: npt.NDArray[np.int16]
     text: str
@@ -43,7 +53,7 @@ class Clip:
 
     def wave(self) -> Wave:
         """Samples in [-1, 1]."""
-        return self.samples.astype(np.float32) / 32768
+        return as_wave(self.samples)
 
     @property
     def speech_seconds(self) -> float:
@@ -53,7 +63,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One utterance to make: segments of clip numbers (a segment of several clips is a string of words), and a seed."""
+    """One utterance to make: segments of clip numbers (several in one make a string of words), and a seed."""
 
     set: str
     segments: tuple[tuple[int, ...], ...]
@@ -71,8 +81,7 @@ class Rendered:
 
 def clip_of(wave: Wave, text: str, set_name: str, speaker: str, kind: str) -> Clip:
     """Hold `wave` as 16-bit samples with its speech bounds."""
-    samples = np.clip(np.round(wave * 32768), -32768, 32767).astype(np.int16)
-    return Clip(samples, text, set_name, speaker, kind, speech_bounds(wave))
+    return Clip(as_samples(wave), text, set_name, speaker, kind, speech_bounds(wave))
 
 
 def trimmed(clip: Clip, rng: Rng, keep: tuple[float, float]) -> Wave:
@@ -83,7 +92,7 @@ def trimmed(clip: Clip, rng: Rng, keep: tuple[float, float]) -> Wave:
 
 
 def join_words(waves: Sequence[Wave], gaps: Sequence[int]) -> tuple[Wave, list[tuple[int, int]]]:
-    """Lay `waves` one after the other, `gaps[i]` samples (negative: overlapping) before wave i+1; spans in samples."""
+    """Lay `waves` in a row, `gaps[i]` samples (negative: overlap) before wave i+1; spans in samples."""
     spans: list[tuple[int, int]] = []
     at = 0
     for index, wave in enumerate(waves):
@@ -111,7 +120,9 @@ def _string(clips: Sequence[Clip], rng: Rng, strength: Strength) -> tuple[Wave, 
     limits = (-0.05, 0.08) if tight else (0.0, 0.3)
     gaps = [int(rng.uniform(*limits) * RATE) for _ in clips[1:]]
     wave, spans = join_words(waves, gaps)
-    words = tuple((clip.text, start / RATE, end / RATE) for clip, (start, end) in zip(clips, spans, strict=True))
+    words = tuple(
+        (clip.text, start / RATE, end / RATE) for clip, (start, end) in zip(clips, spans, strict=True)
+    )
     return wave, words
 
 
@@ -127,7 +138,7 @@ def _segment(clips: Sequence[Clip], rng: Rng, strength: Strength) -> tuple[Wave,
 
 
 def render(item: Item, clips: Sequence[Clip], noises: Sequence[Wave], strength: Strength) -> Rendered:
-    """Make one training utterance: segments, pauses between them, silence around them, then one channel for all."""
+    """Make one training utterance: segments, pauses between, silence around, then one channel for all."""
     rng = np.random.default_rng(item.seed)
     pieces: list[Wave] = []
     words: list[tuple[str, float, float]] = []
@@ -156,7 +167,8 @@ def render(item: Item, clips: Sequence[Clip], noises: Sequence[Wave], strength: 
     pieces.append(np.zeros(int(trail * RATE), np.float32))
     wave = np.concatenate(pieces)
     if rng.random() < 0.6:
-        # The hush of a room, or cut edges and inserted pauses would be told from speech by their digital silence.
+        # The hush of a room, or cut edges and inserted pauses would be told from speech by their digital
+        # silence.
         hush = colour_noise("pink" if rng.random() < 0.5 else "brown", len(wave), rng)
         wave = add_noise(wave, hush, float(rng.uniform(30, 60)))
     wave = change_channel(wave, rng, strength, noises)
@@ -169,7 +181,7 @@ def features_of(wave: Wave) -> npt.NDArray[np.float16]:
 
 
 def harder(wave: Wave, variant: str, index: int, noises: Sequence[Wave]) -> Wave:
-    """A fixed harder version of a test clip: "noise10" (babble or pink noise by turns, 10 dB) or "phone" (G.711 line).
+    """A fixed harder version of a test clip: "noise10" (babble or pink by turns, 10 dB) or "phone" (G.711).
 
     Raises ValueError for another variant.
     """

@@ -1,8 +1,9 @@
-"""The written form that the bundle learns and is scored in: lower case a-z, the apostrophe and single blanks (ours).
+"""The written form that the bundle learns and is scored in: lower case a-z, apostrophe, blanks (ours).
 
-Numbers and abbreviations stand as they are spoken ("press 1" is "press one", "PBX" is "p b x"), so that word error
-rates count what was heard. The rules beyond that serve one list, the transcripts of Debian's asterisk-core-sounds-en;
-the tables under shared/data/speech are normalised already and pass through unchanged.
+Numbers and abbreviations stand as they are spoken ("press 1" is "press one", "PBX" is "p b x"), so that word
+error rates count what was heard. The rules beyond that serve one list, the transcripts of Debian's
+asterisk-core-sounds-en; the tables under shared/data/speech are normalised already and pass through
+unchanged.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import re
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WAKE_PHRASES = ("alexa", "computer", "jarvis", "smart mirror", "snowboy", "view glass")
 
-# Abbreviations and symbols of the prompt list as the speaker says them; matched as whole tokens, case kept, because
-# "IS" or "it" must not become letters.
+# Abbreviations and symbols of the prompt list as the speaker says them; matched as whole tokens, case kept,
+# because "IS" or "it" must not become letters.
 _SPOKEN = {
     "A.M.": "a m",
     "P.M.": "p m",
@@ -53,7 +54,8 @@ _NON_SPEECH = re.compile(r"[\[<(](?!note:)[^\])>]*[\])>]")
 def normalise(text: str) -> str:
     """Spoken form of `text` in the alphabet a-z, apostrophe and blank.
 
-    Raises ValueError if a number of two or more digits is left: how it is read aloud cannot be known from its spelling.
+    Raises ValueError if a number of two or more digits is left: how it is read aloud cannot be known from its
+    spelling.
     """
     words: list[str] = []
     for token in text.replace("...", " ").split():
@@ -73,10 +75,11 @@ def normalise(text: str) -> str:
 
 
 def prompt_text(name: str, written: str) -> str | None:
-    """Spoken form of one entry of core-sounds-en.txt, or None where it holds more or other than readable speech.
+    """Spoken form of one entry of core-sounds-en.txt, or None where it is not all readable speech.
 
-    Dropped: entries with a description of a sound ("[ascending tones]", "<beep>", "(1 second of silence)") and
-    entries with numbers whose reading is unknown. A symbol in brackets after its name ("dash [-]") is a note and goes.
+    Dropped: entries with a description of a sound ("[ascending tones]", "<beep>", "(1 second of silence)")
+    and entries with numbers whose reading is unknown. A symbol in brackets after its name ("dash [-]") is a
+    note and goes.
     """
     if name.startswith("letters/"):
         written = re.sub(r"\[.*?\]", "", written)

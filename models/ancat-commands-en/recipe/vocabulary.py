@@ -1,4 +1,8 @@
-"""The bundle's word pieces: a unigram model over training texts only (ours, on SentencePiece).
+"""The bundle's word pieces: byte-pair encoding of training texts only (ours, on SentencePiece).
+
+Byte-pair merges go by frequency: the bundle's own commands become whole words, rare prompt words share
+pieces. (A unigram model of the same size spends its pieces the other way round: "roast" became three,
+"representative" one.)
 
 Token ids of the transducer are piece id + 1, blank is 0 (see realtide.engines.ancat.tokenizer).
 """
@@ -13,31 +17,37 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from render import Clip
-from text import DIGITS
+from data import Utterance, read_prompts
+from phrases import CoffeeGrammar, digit_string
 
 PIECES = 256
 _ALPHABET = string.ascii_lowercase + "'"
 
 
-def tokenizer_texts(clips: Sequence[Clip]) -> list[str]:
-    """Texts to learn pieces from. Each distinct text counts at most four times, so that two thousand single digits do
-    not outweigh the rest; two hundred random digit strings stand for the strings that are only put together later."""
-    texts = [text for text, count in sorted(Counter(clip.text for clip in clips).items()) for _ in range(min(count, 4))]
+def tokenizer_texts(utterances: Sequence[Utterance]) -> list[str]:
+    """Texts to learn pieces from: training texts, and the phrases that are spoken only later.
+
+    A distinct text counts at most 60 times: enough that the bundle's own commands become whole words, not so
+    often that two thousand single digits outweigh the rest. 1,200 grammar orders and 400 digit strings stand
+    for the phrases that are put together later.
+    """
+    heard = [*utterances, *read_prompts()[0]]
+    counts = Counter(u.text for u in heard if u.split == "train")
+    texts = [text for text, count in sorted(counts.items()) for _ in range(min(count, 60))]
     rng = np.random.default_rng(3)
-    return texts + [
-        " ".join(DIGITS[int(d)] for d in rng.integers(10, size=int(rng.integers(2, 11)))) for _ in range(200)
-    ]
+    grammar = CoffeeGrammar(utterances)
+    texts += [grammar.draw(rng) for _ in range(1200)]
+    return texts + [digit_string(rng) for _ in range(400)]
 
 
-def train_tokenizer(clips: Sequence[Clip], path: Path) -> None:
-    """Train and write the model to `path`. Every letter is a piece of its own, so that no English word is unknown."""
+def train_tokenizer(utterances: Sequence[Utterance], path: Path) -> None:
+    """Train and write the model to `path`; every letter is a piece, so that no English word is unknown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(tokenizer_texts(clips)),
+        sentence_iterator=iter(tokenizer_texts(utterances)),
         model_writer=model,
-        model_type="unigram",
+        model_type="bpe",
         vocab_size=PIECES,
         character_coverage=1.0,
         required_chars=_ALPHABET,
