@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from sentencepiece import sentencepiece_model_pb2
+
+from realtide.engines.ancat.tokenizer import Tokenizer
 
 Float32 = npt.NDArray[np.float32]
 
@@ -64,3 +69,16 @@ def split(total: int, sizes: Sequence[int]) -> Iterator[slice]:
         end = min(total, position + sizes[k % len(sizes)])
         yield slice(position, end)
         position, k = end, k + 1
+
+
+@cache
+def toy_tokenizer() -> Tokenizer:
+    """Blank, "▁a", "▁b", "c", "d", "▁e" and an unknown piece that no toy emits; written down, not trained."""
+    proto: Any = sentencepiece_model_pb2  # generated at import: its names are not visible to a type checker
+    model = proto.ModelProto()
+    for piece in ("\N{LOWER ONE EIGHTH BLOCK}a", "\N{LOWER ONE EIGHTH BLOCK}b", "c", "d"):
+        model.pieces.add(piece=piece, score=-1.0)
+    model.pieces.add(piece="\N{LOWER ONE EIGHTH BLOCK}e", score=-1.0)
+    model.pieces.add(piece="<unk>", type=proto.ModelProto.SentencePiece.UNKNOWN)
+    model.trainer_spec.unk_id = 5
+    return Tokenizer(model.SerializeToString())
