@@ -1,0 +1,1 @@
+"""The server: transport, sessions, admission, executor, metrics, configuration, health and drain."""

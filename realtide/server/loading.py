@@ -1,0 +1,52 @@
+"""Model bundles to engines. Which engine a bundle needs stands in its manifest; it is imported only then."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from realtide.server.config import ConfigError, ModelConfig, ServerConfig
+from realtide.server.models import SpeechEngine
+
+# Engine name in the manifest -> module with `load(bundle, *, slots, max_batch, precision, threads, step_latency)`.
+ENGINES = {"ancat": "realtide.engines.ancat.engine"}
+
+
+def load_engines(model: ModelConfig, config: ServerConfig) -> list[SpeechEngine]:
+    """Load one engine per executor; together they have the model's slots.
+
+    Raises:
+        ConfigError: no manifest, or an engine that this server does not have.
+        Exception: whatever the engine's `load` raises for a bundle it cannot take.
+    """
+    load = _loader(model.bundle)
+    slots = model.slots or config.slots
+    executors = min(model.executors or config.executors, slots)
+    shares = [slots // executors + (index < slots % executors) for index in range(executors)]
+    return [
+        load(
+            model.bundle,
+            slots=share,
+            max_batch=min(model.max_batch or config.max_batch or share, share),
+            precision=model.precision or config.precision,
+            threads=config.ort_threads,
+            step_latency=config.step_latency,
+        )
+        for share in shares
+    ]
+
+
+def _loader(bundle: Path) -> Callable[..., SpeechEngine]:
+    manifest = bundle / "manifest.yaml"
+    try:
+        data: Any = yaml.safe_load(manifest.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"models: {manifest} cannot be read: {error}") from None
+    name = data.get("engine") if isinstance(data, dict) else None
+    if name not in ENGINES:
+        raise ConfigError(f"models: {manifest} needs engine {name!r}, must be one of {', '.join(ENGINES)}")
+    return cast(Callable[..., SpeechEngine], importlib.import_module(ENGINES[name]).load)

@@ -1,0 +1,224 @@
+"""The models a server serves: engines with their executors, admission and description."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from realtide.engines.engine import Engine, Session
+from realtide.server.admission import Admission, Lease, Refused
+from realtide.server.config import ServerConfig
+from realtide.server.executor import Executor
+from realtide.server.handle import Handle
+from realtide.server.metrics import Metrics, Occupancy
+from realtide.server.status import invalid, no_model, refused
+
+
+class SpeechInfo(Protocol):
+    """What an engine for speech says of its model, as its attribute `info`; every value is the bundle's."""
+
+    @property
+    def version(self) -> str:
+        """Version of the bundle."""
+        ...
+
+    @property
+    def backend(self) -> str:
+        """``onnxruntime``, ``torch`` or ``tensorrt``."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``fp16``, ``bf16`` or ``int8``."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda:0``."""
+        ...
+
+    @property
+    def license(self) -> str:
+        """SPDX expression of the weights' licence."""
+        ...
+
+    @property
+    def language_codes(self) -> tuple[str, ...]:
+        """BCP-47 tags, the default first."""
+        ...
+
+    @property
+    def sample_rate(self) -> int:
+        """Rate that the model works at, in samples per second."""
+        ...
+
+    @property
+    def sample_rate_range(self) -> tuple[int, int]:
+        """Lowest and highest rate of a client's audio."""
+        ...
+
+    @property
+    def frame_seconds(self) -> float:
+        """Length of an encoder frame."""
+        ...
+
+    @property
+    def front_end_lookahead_ms(self) -> float:
+        """Future audio that the front end always needs."""
+        ...
+
+    @property
+    def max_lookahead_ms(self) -> float:
+        """Most lookahead that the encoder can use without a cap."""
+        ...
+
+    @property
+    def max_beam(self) -> int:
+        """Widest beam."""
+        ...
+
+    @property
+    def lookahead_bias_range(self) -> tuple[float, float]:
+        """Lowest and highest lookahead bias."""
+        ...
+
+    @property
+    def max_boost(self) -> float:
+        """Largest absolute boost, in nats."""
+        ...
+
+    @property
+    def max_utterance_ms(self) -> int:
+        """Longest utterance."""
+        ...
+
+    @property
+    def characters(self) -> frozenset[str]:
+        """Characters that the model can write (without the space); empty: any."""
+        ...
+
+
+class SpeechEngine(Engine, Protocol):
+    """An engine that serves Speech.Stream with the inputs and events of `realtide.engines.ancat.types`."""
+
+    @property
+    def info(self) -> SpeechInfo:
+        """What is known of the model."""
+        ...
+
+
+class ServedModel:
+    """One model: engines that are alike, an executor for each, one queue in front of all.
+
+    Args:
+        engines: at least one; all of the same model.
+        config: limits.
+        metrics: the server's.
+        on_change: called when the model's occupancy or state changed.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[SpeechEngine],
+        config: ServerConfig,
+        metrics: Metrics,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.name = engines[0].model
+        self.engine_name = engines[0].name
+        self.info = engines[0].info
+        self.max_batch = engines[0].max_batch
+        self.metrics = metrics.for_model(self.engine_name, self.name)
+        self.executors = [
+            Executor(engine, self.metrics, config.max_audio_ahead, config.max_pending_events, on_change)
+            for engine in engines
+        ]
+        self._held = dict.fromkeys(self.executors, 0)
+        slots = sum(executor.slots for executor in self.executors)
+        self.admission = Admission(slots, config.queue_limit, config.queue_timeout, on_change)
+        metrics.watch(self.engine_name, self.name, self.occupancy)
+        metrics.model_info.labels(
+            self.engine_name,
+            self.name,
+            self.info.version,
+            self.info.backend,
+            self.info.precision,
+            self.info.device,
+        ).set(1)
+
+    @property
+    def failed(self) -> bool:
+        """True if no executor runs any more."""
+        return all(executor.failed for executor in self.executors)
+
+    def start(self) -> None:
+        """Start the executors."""
+        for executor in self.executors:
+            executor.start()
+
+    async def stop(self) -> None:
+        """Stop the executors."""
+        await asyncio.gather(*(executor.stop() for executor in self.executors))
+
+    async def admit(self) -> Lease:
+        """Wait for a slot's place.
+
+        Raises:
+            StatusError: RESOURCE_EXHAUSTED or UNAVAILABLE.
+        """
+        try:
+            if self.failed:
+                raise Refused("failed", None)
+            return await self.admission.acquire()
+        except Refused as error:
+            self.metrics.refused(error.reason)
+            raise refused(error) from None
+
+    async def open(
+        self, lease: Lease, make: Callable[[Engine], Session], session_id: str, start: int
+    ) -> Handle:
+        """Open a session on the executor with most free slots; the lease goes with the slot.
+
+        Raises:
+            ExecutorStopped: the executors stopped meanwhile.
+            Exception: see `Executor.open`.
+        """
+        running = [executor for executor in self.executors if not executor.failed] or self.executors
+        executor = max(running, key=lambda one: one.slots - self._held[one])
+        self._held[executor] += 1
+
+        def released() -> None:
+            self._held[executor] -= 1
+            lease.release()
+
+        return await executor.open(make, session_id, start, released)
+
+    def occupancy(self) -> Occupancy:
+        """For the metrics; called from the scraping thread."""
+        parked = sum(executor.parked for executor in self.executors)
+        return Occupancy(
+            active=sum(executor.open_sessions for executor in self.executors) - parked,
+            queued=self.admission.queued,
+            parked=parked,
+            capacity=self.admission.slots,
+            leaked=sum(executor.leaked for executor in self.executors),
+            cache_bytes=sum(executor.cache_bytes for executor in self.executors),
+        )
+
+
+def select(models: Mapping[str, ServedModel], name: str, field: str) -> ServedModel:
+    """The model called `name`; with an empty name the only one.
+
+    Raises:
+        StatusError: NOT_FOUND; INVALID_ARGUMENT if there are several and none is named.
+    """
+    if name:
+        if name not in models:
+            raise no_model(name, sorted(models))
+        return models[name]
+    if not models:
+        raise no_model("", [])
+    if len(models) > 1:
+        raise invalid(field, f"must be one of {', '.join(sorted(models))}")
+    return next(iter(models.values()))

@@ -1,0 +1,84 @@
+"""Models.ListModels and Models.DescribeModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from realtide.server.audio import BYTES
+from realtide.server.host import Host
+from realtide.server.models import ServedModel
+from realtide.server.sessions import limits
+from realtide.server.speech_fields import Fields
+from realtide.server.status import StatusError, invalid, no_model
+from realtide_client.v1 import models_pb2 as pb
+from realtide_client.v1 import models_pb2_grpc, speech_pb2
+
+SERVICE = "realtide.v1.Models"
+
+
+class ModelsService(models_pb2_grpc.ModelsServicer):
+    """The gRPC service."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListModelsResponse:
+        """Every model, by name."""
+        return pb.ListModelsResponse(
+            models=[self._describe(model) for _, model in sorted(self._host.models.items())]
+        )
+
+    async def DescribeModel(
+        self, request: pb.DescribeModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.DescribeModelResponse:
+        """One model."""
+        models = self._host.models
+        try:
+            if not request.name:
+                raise invalid("name", f"empty, must be one of {', '.join(sorted(models))}")
+            if request.name not in models:
+                raise no_model(request.name, sorted(models))
+        except StatusError as error:
+            await error.abort(context)
+        return pb.DescribeModelResponse(model=self._describe(models[request.name]))
+
+    def _describe(self, model: ServedModel) -> pb.Model:
+        info, admission = model.info, model.admission
+        state = pb.MODEL_STATE_READY
+        if model.failed:
+            state = pb.MODEL_STATE_FAILED
+        elif admission.draining:
+            state = pb.MODEL_STATE_DRAINING
+        fields = Fields(info, self._host.config)
+        return pb.Model(
+            name=model.name,
+            version=info.version,
+            engine=model.engine_name,
+            state=state,
+            backend=info.backend,
+            precision=info.precision,
+            device=info.device,
+            license=info.license,
+            capacity=pb.Capacity(
+                slots=admission.slots,
+                free_slots=max(admission.slots - admission.used, 0),
+                queued=admission.queued,
+                max_queued=admission.queue_limit,
+                max_batch=model.max_batch,
+            ),
+            limits=limits(self._host.config),
+            speech=pb.SpeechModel(
+                language_codes=info.language_codes,
+                model_sample_rate_hz=info.sample_rate,
+                encodings=[speech_pb2.AudioEncoding.ValueType(encoding) for encoding in BYTES],
+                frame_seconds=info.frame_seconds,
+                front_end_lookahead_ms=info.front_end_lookahead_ms,
+                max_lookahead_ms=info.max_lookahead_ms,
+                default_options=fields.options(speech_pb2.SpeechOptions(), "options"),
+                limits=fields.limits(),
+            ),
+        )
