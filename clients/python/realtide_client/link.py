@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
 from realtide_client import errors
-from realtide_client.v1 import speech_pb2, speech_pb2_grpc
+from realtide_client.v1 import common_pb2, speech_pb2, speech_pb2_grpc
 
 Call = grpc.aio.StreamStreamCall[speech_pb2.SpeechStreamRequest, speech_pb2.SpeechStreamResponse]
 Metadata = Sequence[tuple[str, str | bytes]]
+
+_Status = tuple[grpc.StatusCode, str, Any]
+_WRITE_FAILED = "Internal error from Core"
+_STATUS_SECONDS = 0.005  # between looks for the server's status
+_STATUS_TRIES = 40
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Channels do not share connections: a new channel may reach another replica behind the same address.
@@ -46,65 +53,103 @@ class Target:
 
 
 class Link:
-    """An opened call. `close` is idempotent and frees the server's slot at once."""
+    """One call. `close` is idempotent and frees the server's slot at once."""
 
-    def __init__(self, channel: grpc.aio.Channel, call: Call, opened: speech_pb2.SpeechOpened) -> None:
-        self._channel = channel
-        self.call = call
-        self.opened = opened
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._channel = target.channel()
+        self._call: Call = speech_pb2_grpc.SpeechStub(self._channel).Stream(
+            None, metadata=tuple(target.metadata)
+        )
+        self._status: _Status | None = None
+        self._call.add_done_callback(self._on_done)
+        self.opened = speech_pb2.SpeechOpened()  # the server's first message, once `open` has returned
         self.finished = False  # the end of the input has been sent
+
+    async def open(self, first: speech_pb2.SpeechStreamRequest, timeout: float) -> None:
+        """Send the first message and wait for the server's.
+
+        Args:
+            first: `open` or `resume`.
+            timeout: Seconds to wait for the server's first message (a queue for slots included).
+
+        Raises:
+            RealtideError: The server cannot be reached, refused, or did not answer in time.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                await self.write(first)
+                response = await self.read()
+        except TimeoutError:
+            raise errors.Unavailable(f"no answer from {self._target.address} within {timeout:g} s") from None
+        if response is None or response.WhichOneof("message") != "opened":
+            raise errors.ServerError("the server's first message was not `opened`")
+        self.opened = response.opened
+
+    async def write(self, request: speech_pb2.SpeechStreamRequest) -> bool:
+        """Send a message; waits for flow control. False if the call is over: `read` says why."""
+        try:
+            await self._call.write(request)
+        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            return False
+        return True
+
+    async def finish(self) -> None:
+        """Send the end of the input."""
+        self.finished = True
+        if await self.write(speech_pb2.SpeechStreamRequest(finish=common_pb2.Finish())):
+            with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                await self._call.done_writing()
+
+    async def read(self) -> speech_pb2.SpeechStreamResponse | None:
+        """The next message, or None if the stream has ended with OK.
+
+        Raises:
+            RealtideError: The stream has ended otherwise.
+        """
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            response = await self._call.read()
+            if isinstance(response, speech_pb2.SpeechStreamResponse):
+                return response
+        code, details, metadata = await self._final_status()
+        if code is grpc.StatusCode.OK:
+            return None
+        if details == _WRITE_FAILED:
+            raise errors.Unavailable("the connection was lost while sending", code=code)
+        raise errors.from_status(code, details, metadata)
 
     async def close(self) -> None:
         """Cancel the call if it still runs, and close the channel."""
-        self.call.cancel()
+        self._call.cancel()
         await self._channel.close(None)
 
+    # grpcio overwrites the status that the server sent when a write fails as the call ends (grpc/grpc#36066).
+    # So the first status is noted at the moment it comes; and if it is that of the failed write, the server's
+    # is waited for.
 
-async def dial(target: Target, first: Callable[[], speech_pb2.SpeechStreamRequest], timeout: float) -> Link:
-    """Connect, send the first message and wait for the server's.
+    def _on_done(self, _: Any) -> None:
+        self._status = self._status_now()
 
-    Args:
-        target: Where to connect.
-        first: Makes the first message.
-        timeout: Seconds to wait for the server's first message (a queue for slots included).
+    def _status_now(self) -> _Status:
+        call = self._call
+        return _now(call.code()), _now(call.details()) or "", _now(call.trailing_metadata())
 
-    Raises:
-        RealtideError: The server cannot be reached, refused, or did not answer in time.
-    """
-    channel = target.channel()
-    call: Call = speech_pb2_grpc.SpeechStub(channel).Stream(None, metadata=tuple(target.metadata))
+    async def _final_status(self) -> _Status:
+        await self._call.code()
+        status = self._status or self._status_now()
+        for _ in range(_STATUS_TRIES):
+            if status[1] != _WRITE_FAILED:
+                break
+            await asyncio.sleep(_STATUS_SECONDS)
+            status = self._status_now()
+        return status
+
+
+def _now(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that need not wait, because the call is over."""
     try:
-        async with asyncio.timeout(timeout):
-            await _write(call, first())
-            response = await call.read()
-        if not isinstance(response, speech_pb2.SpeechStreamResponse):
-            raise await status_of(call) or errors.ServerError(
-                "the server closed the stream without opening it"
-            )
-        if response.WhichOneof("message") != "opened":
-            raise errors.ServerError("the server's first message was not `opened`")
-        return Link(channel, call, response.opened)
-    except BaseException as error:
-        call.cancel()
-        await channel.close(None)
-        if isinstance(error, TimeoutError):
-            raise errors.Unavailable(f"no answer from {target.address} within {timeout:g} s") from None
-        if isinstance(error, grpc.aio.AioRpcError):
-            raise errors.from_rpc_error(error) from None
-        raise
-
-
-async def _write(call: Call, request: speech_pb2.SpeechStreamRequest) -> None:
-    try:
-        await call.write(request)
-    except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
-        # The call is over already; its status says why and is read next.
-        return
-
-
-async def status_of(call: Call) -> errors.RealtideError | None:
-    """How a call ended whose messages are used up; None for OK."""
-    code = await call.code()
-    if code is grpc.StatusCode.OK:
-        return None
-    return errors.from_status(code, await call.details() or "", await call.trailing_metadata())
+        coroutine.send(None)
+    except StopIteration as done:
+        return done.value
+    coroutine.close()
+    raise RuntimeError("the call is not over")

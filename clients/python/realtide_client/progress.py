@@ -14,7 +14,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._last_final = -1
-        self._partial_seconds = -1.0
+        self._partial = (-1.0, "", False)
         self._endpoints: set[tuple[int, str, float]] = set()
 
     def is_new(self, result: Result) -> bool:
@@ -27,9 +27,14 @@ class Progress:
                 self._endpoints = {seen for seen in self._endpoints if seen[0] >= result.utterance}
                 return True
             case Partial():
-                if result.utterance <= self._last_final or result.audio_processed < self._partial_seconds:
+                seen = (result.audio_processed, result.text, result.end_likely)
+                if (
+                    result.utterance <= self._last_final
+                    or seen[0] < self._partial[0]
+                    or seen == self._partial
+                ):
                     return False
-                self._partial_seconds = result.audio_processed
+                self._partial = seen
                 return True
             case Endpoint():
                 key = (result.utterance, result.kind, round(result.at, 6))

@@ -9,7 +9,6 @@ again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import time
@@ -19,12 +18,10 @@ from enum import Enum
 from types import TracebackType
 from typing import Self
 
-import grpc
-
 from realtide_client import errors, wire
 from realtide_client import types as t
 from realtide_client.audio import Samples, encode, sample_bytes
-from realtide_client.link import Link, Target, dial, status_of
+from realtide_client.link import Link, Target
 from realtide_client.progress import Progress
 from realtide_client.replay import Audio, Entry, ReplayLog
 from realtide_client.retry import RetryPolicy
@@ -348,9 +345,18 @@ class SpeechStream:
                 log.info("connecting again in %.2f s: %s", delay, error.message)
                 await asyncio.sleep(delay)
             try:
-                return await dial(self._target, self._first_request, self._open_timeout)
+                return await self._dial()
             except errors.RealtideError as failure:
                 error = failure
+
+    async def _dial(self) -> Link:
+        link = Link(self._target)
+        try:
+            await link.open(self._first_request(), self._open_timeout)
+        except BaseException:
+            await link.close()
+            raise
+        return link
 
     def _adopt(self, link: Link) -> None:
         """Continue over `link`: send again what its checkpoint does not cover."""
@@ -414,21 +420,19 @@ class SpeechStream:
         room = max(link.opened.session.limits.max_message_bytes or _CHUNK_BYTES, 2 * _ENVELOPE_BYTES)
         width = sample_bytes(self.info.encoding)
         step = min(_CHUNK_BYTES, room - _ENVELOPE_BYTES) // width * width
-        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
-            while True:
-                entry = self._buffer.next_unsent()
-                if entry is not None:
-                    for request in _requests(entry, step, width):
-                        await link.call.write(request)
-                    self._send_room.set()
-                elif self._finishing:
-                    link.finished = True
-                    await link.call.write(speech_pb2.SpeechStreamRequest(finish=common_pb2.Finish()))
-                    await link.call.done_writing()
-                    return
-                else:
-                    self._to_send.clear()
-                    await self._to_send.wait()
+        while True:
+            entry = self._buffer.next_unsent()
+            if entry is not None:
+                for request in _requests(entry, step, width):
+                    if not await link.write(request):
+                        return
+                self._send_room.set()
+            elif self._finishing:
+                await link.finish()
+                return
+            else:
+                self._to_send.clear()
+                await self._to_send.wait()
 
     async def _read(self, link: Link) -> _Ended:
         """Hand on what the server sends, until it goes away or ends the stream.
@@ -437,14 +441,8 @@ class SpeechStream:
             RealtideError: The stream failed.
         """
         while True:
-            try:
-                response = await link.call.read()
-            except grpc.aio.AioRpcError as error:
-                raise errors.from_rpc_error(error) from None
-            if not isinstance(response, speech_pb2.SpeechStreamResponse):
-                failure = await status_of(link.call)
-                if failure is not None:
-                    raise failure
+            response = await link.read()
+            if response is None:
                 return _Ended.OK
             self._failures = 0
             if response.WhichOneof("message") == "going_away":

@@ -1,0 +1,75 @@
+"""The blocking client against the scripted server, which runs on a loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+import realtide_client as rt
+from realtide_client import sync
+from realtide_client.v1 import models_pb2_grpc, speech_pb2_grpc
+from tests.clients.scripted import UTTERANCE, Script, ScriptedSpeech, checksum
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def call(work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+    async def start() -> tuple[grpc.aio.Server, int]:
+        server = grpc.aio.server()
+        servicer = ScriptedSpeech(Script(drop_at={0: 4000}))
+        speech_pb2_grpc.add_SpeechServicer_to_server(servicer, server)
+        models_pb2_grpc.add_ModelsServicer_to_server(servicer, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        return server, port
+
+    server, port = call(start())
+    yield f"127.0.0.1:{port}"
+    call(server.stop(None))
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_one_thread_sends_while_another_reads_over_a_broken_connection(address: str) -> None:
+    samples = np.arange(8000, dtype=np.int16)
+    retry = rt.RetryPolicy(initial_seconds=0.01)
+    with sync.connect(address) as client, client.speech(retry=retry) as stream:
+
+        def speak() -> None:
+            for start in range(0, len(samples), 160):
+                stream.send(samples[start : start + 160])
+            assert stream.set_lookahead(bias=1.0).applied(30).position == len(samples)
+            assert stream.checkpoint(30).position == len(samples)
+            stream.finish()
+
+        speaker = threading.Thread(target=speak)
+        speaker.start()
+        finals = [result.text for result in stream if isinstance(result, rt.Final)]
+        speaker.join()
+        assert stream.reconnects == 1
+    assert finals == [checksum(samples[i : i + UTTERANCE].tobytes()) for i in range(0, 8000, UTTERANCE)]
+
+
+def test_errors_are_raised_in_the_callers_thread(address: str) -> None:
+    with sync.connect(address) as client:
+        with pytest.raises(rt.InvalidRequest, match="sample_rate_hz"), client.speech(sample_rate=1):
+            pass
+        assert client.models()[0].name == "scripted"
+        with pytest.raises(rt.NotFound):
+            client.describe("other")
+    client.close()
+    with pytest.raises(rt.StreamClosed):
+        client.models()
