@@ -33,11 +33,12 @@ log = logging.getLogger("synthesize")
 SEED = 1987
 FLITE = ("awb", "rms", "slt", "kal16")
 ACCENTS = ("en-us", "en-us", "en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")
-VARIANTS = (
-    "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 adam Alex Alicia Andrea Andy Annie antonio aunty belinda benjamin "
-    "boris caleb david Denis Diogo ed edward edward2 Gene gustave Henrique Hugo iven Jacky john Lee linda "
-    "marcelo Marco michael michel miguel Mike pablo paul pedro quincy rob robert steph shelby travis victor zac"
-).split()
+_VARIANT_NAMES = """
+m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 adam Alex Alicia Andrea Andy Annie antonio aunty belinda benjamin boris
+caleb david Denis Diogo ed edward edward2 Gene gustave Henrique Hugo iven Jacky john Lee linda marcelo Marco
+michael michel miguel Mike pablo paul pedro quincy rob robert steph shelby travis victor zac
+"""
+VARIANTS = _VARIANT_NAMES.split()
 
 
 @dataclass(frozen=True, slots=True)
