@@ -118,7 +118,7 @@ _KINDS = {
 }
 
 
-class MetricsInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class MetricsInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in the stubs
     """Wraps every handler, once per method."""
 
     def __init__(self, metrics: GrpcMetrics) -> None:

@@ -184,6 +184,7 @@ class SpeechSession(StreamSession):
             self._processed(event.audio_processed)
             self._meter.final(event)
             return [pb.SpeechStreamResponse(final=self._final(event, position))]
+        self._processed(event.at)
         self._meter.endpoint(event)
         endpoint = pb.EndpointEvent(
             kind=_KINDS[event.kind],
