@@ -11,7 +11,9 @@ deallocated"; a test checks it).
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,20 +136,21 @@ class OrtProgram:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """See `Program.run`."""
-        binding = self._binding
-        # `checked` keeps arrays that had to be made contiguous alive for the length of the run.
-        checked = self._checker.check(feeds)
+        native = self._native
+        # Bindings point into the arrays: keep them, and those that had to be made contiguous, until the
+        # next run.
+        self._fed = checked = self._checker.check(feeds)
         for name, array in checked:
-            binding.bind_cpu_input(name, array)
+            native.bind_input(name, array)
         # An output that onnxruntime allocated stays bound, with the shape it had: bind it anew to free it.
         for name, _ in self._fetched:
-            self._native.bind_output(name, self._host)
+            native.bind_output(name, self._host)
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime's exceptions share no base class
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in checked)
             raise ProgramError(f"{self._label}: run failed with {shapes}: {error}") from error
-        results = binding.get_outputs_as_ortvaluevector()
+        results = self._binding.get_outputs_as_ortvaluevector()
         return {name: results[index].numpy() for name, index in self._fetched}
 
     def _bind_state(self) -> None:
@@ -181,8 +184,7 @@ def _create_session(
         "session.intra_op.allow_spinning": str(int(options.allow_spinning)),
         # Without this, weights that prepacking replaced would stay in the arena as holes.
         "session.use_device_allocator_for_initializers": "1",
-        # Exact u8 x s8 products on x86 without VNNI, where the fast kernel saturates at 16 bits.
-        "session.x64quantprecision": "1",
+        "session.x64quantprecision": str(int(_int8_saturates())),
         **options.config,
     }
     for key, text in config.items():
@@ -224,3 +226,15 @@ def _return_freed_memory() -> None:
         trim: Any = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent in musl
         if trim is not None:
             trim(0)
+
+
+@functools.cache
+def _int8_saturates() -> bool:
+    """True on an x86 without VNNI, whose fast u8 x s8 product saturates at 16 bits: ask for the exact one."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    except OSError:
+        return True  # unknown: exact
+    return not {"avx512_vnni", "avx_vnni"} & set(flags)

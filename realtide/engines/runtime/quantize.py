@@ -14,6 +14,8 @@ import numpy as np
 from realtide.engines.runtime.program import Array
 
 INT8, SCALE, TRANSPOSED = "@int8", "@scale", ".T"
+COPY = "#"
+"""Followed by a number: the same value for another product (see int8.py on why it is not shared)."""
 
 
 def column_scales(weight: Array) -> Array:
@@ -31,7 +33,7 @@ def quantize_columns(weight: Array) -> Array:
 
 def derived(name: str) -> tuple[str, Callable[[Array], Array]] | None:
     """The stored weight an initializer is computed from, and the function; None if it is stored itself."""
-    base, at, recipe = name.rpartition("@")
+    base, at, recipe = name.partition(COPY)[0].rpartition("@")
     if not at:
         return None
     transpose = recipe.endswith(TRANSPOSED)

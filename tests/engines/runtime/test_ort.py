@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 from collections.abc import Mapping
 
 import numpy as np
@@ -72,6 +73,23 @@ def test_rows_that_a_run_does_not_write_stay_bit_for_bit(
     for name, cache in caches.items():
         assert np.array_equal(cache[untouched], before[name][untouched])
         assert not np.any(cache[batch["rows"]] == before[name][batch["rows"]])
+
+
+def test_a_large_cache_is_neither_copied_nor_committed(exported: Exported) -> None:
+    """Two caches of 1 GB: a copy of either would show in the peak of the resident memory."""
+    rows = 1 << 24
+    info = read_graph_file(exported.graph)
+    caches = allocate_state(info.state, {"R": rows})
+    assert all(cache.nbytes == 1 << 30 for cache in caches.values())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    program = OrtProgram(exported.graph, WeightFile(exported.weights), caches)
+    for seed in range(3):
+        batch = feeds(5, seed)
+        batch["rows"] = np.array([0, 1, rows // 2, rows - 2, rows - 1])
+        program.run(batch)
+    peak_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert caches["keys"][rows - 1].any()
+    assert peak_mb < 100
 
 
 def test_results_belong_to_the_caller(program: OrtProgram) -> None:
