@@ -204,7 +204,7 @@ class BurstEngine:
         self.batches: list[list[str]] = []
         self.opened: list[BurstSession] = []
         self.break_batches = 0  # so many batched steps raise though no session is at fault
-        self.die = False  # batch_key raises a non-session error path: see test_executor
+        self.at_gate = False  # a step is being held up
         self._thread: int | None = None
 
     @property
@@ -250,6 +250,7 @@ class BurstEngine:
         self.check_thread()
         began = time.monotonic()
         if self.gate is not None:
+            self.at_gate = True
             self.gate.wait(10)
         if self.delay:
             time.sleep(self.delay)
