@@ -15,7 +15,7 @@ COLUMNS = "path\tspeaker\ttext\tsplit\tseconds\tsample_rate"
 
 @pytest.fixture
 def speech(tmp_path: Path) -> Path:
-    """Tables laid out like the shared data: 2 speakers x 10 takes, 60 orders, 60 wake phrases, 2 sentences."""
+    """Tables laid out like the shared data: 2 speakers x 10 takes, 60 orders, 60 wake phrases, 2 more."""
     tables: dict[str, list[str]] = {
         "fsdd": [COLUMNS],
         "wakeword": [COLUMNS],

