@@ -14,7 +14,7 @@ import importlib
 import logging
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,7 @@ from text import DIGITS, WAKE_PHRASES
 
 log = logging.getLogger("synthesize")
 SEED = 1987
+ENGINES = {"piper": 1.0, "flite": 1.6, "espeak": 1.6}  # weight of each in the number of phrases
 FLITE = ("awb", "rms", "slt", "kal16")
 ACCENTS = ("en-us", "en-us", "en-us", "en-gb", "en-gb-x-rp", "en-gb-scotland", "en-029", "en-us-nyc")
 _VARIANT_NAMES = """
@@ -115,13 +116,14 @@ def _cast(text: str, set_name: str, engine: str, rng: np.random.Generator) -> Li
     return Line(text, set_name, "espeak", f"{accent}+{variant}", settings)
 
 
-def script(utterances: list[Utterance], scale: float) -> Iterator[Line]:
-    """Every line to speak. `scale` multiplies the counts."""
+def script(utterances: list[Utterance], scale: float, engines: Collection[str]) -> Iterator[Line]:
+    """Every line to speak by the chosen `engines`. `scale` multiplies the counts."""
     rng = np.random.default_rng(SEED)
     grammar = CoffeeGrammar(utterances)
     prompts = [p.text for p in read_prompts()[0] if p.split == "train" and len(p.text) > 3]
-    engines = {"piper": 1.0, "flite": 1.6, "espeak": 1.6}
-    for engine, weight in engines.items():
+    for engine, weight in ENGINES.items():
+        if engine not in engines:
+            continue
         for _ in range(int(260 * weight * scale)):
             yield _cast(grammar.draw(rng), "coffee", engine, rng)
         for _ in range(int(120 * weight * scale)):
@@ -132,7 +134,7 @@ def script(utterances: list[Utterance], scale: float) -> Iterator[Line]:
                 yield _cast(phrase, "wakeword", engine, rng)
     # Single digits: whole sets by one voice each, so that strings can be put together from one voice's takes.
     for engine, sets in (("piper", 12), ("flite", 40), ("espeak", 48)):
-        for _ in range(int(sets * scale)):
+        for _ in range(int(sets * scale) if engine in engines else 0):
             model = _cast("", "digits", engine, rng)
             for digit in DIGITS:
                 drawn = _cast(digit, "digits", engine, rng)
@@ -153,11 +155,14 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, required=True, help="folder with the speech tables")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pool to write")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of lines")
+    parser.add_argument(
+        "--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES), help="who speaks"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     total = 0.0
     with PoolWriter(args.out, audio=True) as writer:
-        for number, line in enumerate(script(read_tables(args.speech), args.scale)):
+        for number, line in enumerate(script(read_tables(args.speech), args.scale, args.engines)):
             wave = speak(line)
             start, end = speech_bounds(wave)
             wave = wave[max(0, start - RATE // 5) : end + RATE // 5]
