@@ -10,9 +10,9 @@ batch share the joiner call of a frame and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
+from math import exp, log1p
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,7 @@ from realtide.engines.ancat.words import Token
 Float64 = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
+class Hypothesis(NamedTuple):
     """A token sequence of the current utterance."""
 
     tokens: tuple[Token, ...] = ()
@@ -86,68 +85,25 @@ class BeamStream(Protocol):
 
 def beam_search(joiner: Joiner, enc: Float32, streams: Sequence[BeamStream], counts: Sequence[int]) -> None:
     """Search rows `enc` [M, J]; `counts[s]` contiguous rows belong to stream s. One joiner call per frame."""
-    firsts = np.cumsum([0, *counts])
+    firsts = np.cumsum([0, *counts]).tolist()
     for row in range(max(counts, default=0)):
         live = [s for s, count in enumerate(counts) if row < count]
-        sizes = [len(streams[s].hypotheses) for s in live]
-        rows = np.repeat(np.array([firsts[s] + row for s in live]), sizes)
-        contexts = np.array([h.context for s in live for h in streams[s].hypotheses], np.int64)
-        log_probs = joiner(enc[rows], contexts)
-        end = 0
-        for s, size in zip(live, sizes, strict=True):
-            start, end = end, end + size
-            stream = streams[s]
-
-            def make(token: int, log_prob: float, stream: BeamStream = stream, row: int = row) -> Token:
-                return stream.token(row, token, log_prob)
-
-            stream.searched(
-                row, extend(stream.hypotheses, log_probs[start:end], stream.beam, stream.graph, make)
-            )
-
-
-def extend(
-    hypotheses: Sequence[Hypothesis],
-    log_probs: Float32,
-    beam: int,
-    graph: BoostGraph | None,
-    make_token: Callable[[int, float], Token],
-) -> list[Hypothesis]:
-    """The best `beam` hypotheses after one more frame, best first.
-
-    `log_probs` [len(hypotheses), V] are the frame's.
-
-    A sequence that is reached in two ways (it was there and the frame is blank; its last token is emitted
-    now) gets the log-sum of both and keeps the token times of the likelier one.
-    """
-    totals = log_probs + np.array([[h.log_prob] for h in hypotheses])
-    emitted_now = _merge(hypotheses, totals)
-    scores = totals + np.array([[h.boost] for h in hypotheses])
-    if graph is not None:
-        for k, hypothesis in enumerate(hypotheses):
-            gains = graph.gains(hypothesis.node)
-            row = np.full(scores.shape[1], gains.default)
-            row[gains.ids] = gains.values
-            row[BLANK] = 0.0
-            scores[k] += row
-    extended: list[Hypothesis] = []
-    for index in _best(scores.ravel(), beam):
-        k, token = divmod(index, scores.shape[1])
-        parent, log_prob = hypotheses[k], float(totals[k, token])
-        if token == BLANK:
-            tokens = parent.tokens
-            if k in emitted_now:
-                source = emitted_now[k]
-                last = make_token(parent.ids[-1], float(log_probs[source, parent.ids[-1]]))
-                tokens = (*hypotheses[source].tokens, last)
-            extended.append(Hypothesis(tokens, parent.ids, log_prob, parent.boost, parent.node))
-            continue
-        gain, node = graph.step(parent.node, token) if graph is not None else (0.0, ROOT)
-        new = make_token(token, float(log_probs[k, token]))
-        extended.append(
-            Hypothesis((*parent.tokens, new), (*parent.ids, token), log_prob, parent.boost + gain, node)
-        )
-    return extended
+        beams = [streams[s].hypotheses for s in live]
+        flat = [h for hypotheses in beams for h in hypotheses]
+        sizes = [len(hypotheses) for hypotheses in beams]
+        rows = np.repeat([firsts[s] + row for s in live], sizes)
+        log_probs = joiner(enc[rows], np.array([h.context for h in flat], np.int64))
+        totals = log_probs + np.array([h.log_prob for h in flat])[:, None]
+        starts = np.cumsum([0, *sizes]).tolist()
+        sources = [_merge(h, totals[a:b]) for h, a, b in zip(beams, starts, starts[1:], strict=False)]
+        scores = totals + np.array([h.boost for h in flat])[:, None]
+        for k, s in enumerate(live):
+            _add_gains(scores[starts[k] : starts[k + 1]], beams[k], streams[s].graph)
+        chosen = _best(scores, starts, [streams[s].beam for s in live])
+        for k, s in enumerate(live):
+            a, b = starts[k], starts[k + 1]
+            new = _extended(streams[s], row, totals[a:b], log_probs[a:b], chosen[k], sources[k])
+            streams[s].searched(row, new)
 
 
 def finished(hypotheses: Sequence[Hypothesis], graph: BoostGraph | None) -> list[Hypothesis]:
@@ -163,7 +119,8 @@ def finished(hypotheses: Sequence[Hypothesis], graph: BoostGraph | None) -> list
 def _merge(hypotheses: Sequence[Hypothesis], totals: Float64) -> dict[int, int]:
     """Log-add into a hypothesis' blank entry the way through its prefix, where that is also in the beam.
 
-    Returns, for hypotheses whose last token is likelier to be emitted now than before, their prefix's index.
+    A sequence is reached in two ways: it was there and the frame is blank, or its last token is emitted now.
+    Returns, for hypotheses whose last token is likelier to be emitted now, their prefix's index.
     """
     emitted_now: dict[int, int] = {}
     index = {h.ids: k for k, h in enumerate(hypotheses)}
@@ -172,17 +129,69 @@ def _merge(hypotheses: Sequence[Hypothesis], totals: Float64) -> dict[int, int]:
         if source is None:
             continue
         token = hypothesis.ids[-1]
-        if totals[source, token] > totals[k, BLANK]:
+        stays, arrives = float(totals[k, BLANK]), float(totals[source, token])
+        if arrives > stays:
             emitted_now[k] = source
-        totals[k, BLANK] = np.logaddexp(totals[k, BLANK], totals[source, token])
+        high, low = max(stays, arrives), min(stays, arrives)
+        totals[k, BLANK] = high + log1p(exp(low - high))
         totals[source, token] = -np.inf
     return emitted_now
 
 
-def _best(scores: Float64, n: int) -> list[int]:
-    """Indices of the n highest finite scores, best first, lower index first among equals."""
-    n = min(n, len(scores))
-    candidates = np.argpartition(scores, len(scores) - n)[len(scores) - n :]
-    values = scores[candidates]
-    order = np.lexsort((candidates, -values))
-    return [int(candidates[k]) for k in order if values[k] > -np.inf]
+def _add_gains(scores: Float64, hypotheses: Sequence[Hypothesis], graph: BoostGraph | None) -> None:
+    if graph is None:
+        return
+    for row, hypothesis in zip(scores, hypotheses, strict=True):
+        gains = graph.gains(hypothesis.node)
+        if gains.default:
+            row[BLANK + 1 :] += gains.default
+        row[gains.ids] += gains.values - gains.default
+
+
+def _best(scores: Float64, starts: Sequence[int], beams: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """The best (row, token) entries of each stream's rows, best first, earlier entries first among equals.
+
+    Blank entries alone fill a full beam, so nothing below the worst of them can be chosen: that leaves few to
+    sort.
+    """
+    worst = np.minimum.reduceat(scores[:, BLANK], starts[:-1])
+    for k, beam in enumerate(beams):
+        if starts[k + 1] - starts[k] != beam:
+            entries = scores[starts[k] : starts[k + 1]].ravel()
+            n = min(beam, len(entries))
+            worst[k] = np.partition(entries, len(entries) - n)[len(entries) - n]
+    rows, tokens = np.nonzero(scores >= np.repeat(worst, np.diff(starts))[:, None])
+    values = scores[rows, tokens]
+    ends = np.searchsorted(rows, starts).tolist()
+    candidates = list(zip((-values).tolist(), rows.tolist(), tokens.tolist(), strict=True))
+    return [
+        [(r - starts[k], t) for v, r, t in sorted(candidates[ends[k] : ends[k + 1]])[:beam] if v < np.inf]
+        for k, beam in enumerate(beams)
+    ]
+
+
+def _extended(
+    stream: BeamStream,
+    row: int,
+    totals: Float64,
+    log_probs: Float32,
+    chosen: Sequence[tuple[int, int]],
+    sources: dict[int, int],
+) -> list[Hypothesis]:
+    """The chosen entries as hypotheses. A merged one keeps the token times of its likelier way."""
+    hypotheses, graph, extended = stream.hypotheses, stream.graph, []
+    for k, token in chosen:
+        parent, log_prob = hypotheses[k], float(totals[k, token])
+        if token == BLANK:
+            tokens = parent.tokens
+            if k in sources:
+                last = stream.token(row, parent.ids[-1], float(log_probs[sources[k], parent.ids[-1]]))
+                tokens = (*hypotheses[sources[k]].tokens, last)
+            extended.append(Hypothesis(tokens, parent.ids, log_prob, parent.boost, parent.node))
+            continue
+        gain, node = graph.step(parent.node, token) if graph is not None else (0.0, ROOT)
+        new = stream.token(row, token, float(log_probs[k, token]))
+        extended.append(
+            Hypothesis((*parent.tokens, new), (*parent.ids, token), log_prob, parent.boost + gain, node)
+        )
+    return extended

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -57,7 +56,7 @@ class Decoder:
         if options.boosts != state.options.boosts:
             old = state.graph
             state.hypotheses = [
-                replace(h, boost=h.boost - (old.pending(h.node) if old else 0.0), node=ROOT)
+                h._replace(boost=h.boost - (old.pending(h.node) if old else 0.0), node=ROOT)
                 for h in state.hypotheses
             ]
             state.hypotheses.sort(key=lambda h: -h.score)

@@ -41,6 +41,10 @@ class Tokenizer:
             self._surface.append(surface)
             starts.append(piece.startswith(_WORD_MARK))
         self._starts = tuple(starts)
+        # Words are written for every partial result: join strings, and bytes only where a model has byte
+        # pieces.
+        bytewise = any(self._pieces.IsByte(i) for i in range(n))
+        self._strings = None if bytewise else [s.decode() for s in self._surface]
         letters = "".join(s.decode("utf-8", "replace") for s in self._surface)
         self._lower = letters == letters.lower()
         self._upper = letters == letters.upper() and not self._lower
@@ -64,6 +68,8 @@ class Tokenizer:
 
     def surface(self, tokens: Sequence[int]) -> str:
         """Text of the tokens of one word, without the word mark."""
+        if self._strings is not None:
+            return "".join([self._strings[t] for t in tokens])
         return b"".join([self._surface[t] for t in tokens]).decode("utf-8", "replace")
 
     def words(self, tokens: Sequence[int]) -> list[tuple[str, int, int]]:
@@ -71,10 +77,14 @@ class Tokenizer:
 
         Tokens before the first word mark form a word of their own; words without any text are left out.
         """
-        bounds = [k for k, t in enumerate(tokens) if k == 0 or self._starts[t]]
-        spans = zip(bounds, [*bounds[1:], len(tokens)], strict=False)
-        words = [(self.surface(tokens[first:end]), first, end - 1) for first, end in spans]
-        return [word for word in words if word[0]]
+        starts, surface, words, first = self._starts, self.surface, [], 0
+        for k in range(1, len(tokens) + 1):
+            if k == len(tokens) or starts[tokens[k]]:
+                text = surface(tokens[first:k])
+                if text:
+                    words.append((text, first, k - 1))
+                first = k
+        return words
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a token sequence: its words separated by single spaces."""

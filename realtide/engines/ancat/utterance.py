@@ -22,6 +22,8 @@ from realtide.engines.ancat.tokenizer import Tokenizer
 from realtide.engines.ancat.types import EndpointEvent, Final, Partial, SpeechEvent, Word
 from realtide.engines.ancat.words import Token, WordTiming, confidence, words_of
 
+Spans = Sequence[tuple[str, int, int]]
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderConfig:
@@ -135,10 +137,9 @@ class Follower:
         state = self.state
         if not state.options.interim_results or state.hypotheses[0].ids == state.shown_ids:
             return
-        text = self._tokenizer.decode(state.hypotheses[0].ids)
         state.shown_ids = state.hypotheses[0].ids
-        if text != state.shown:
-            self._show(text)
+        if self._tokenizer.decode(state.shown_ids) != state.shown:
+            self._show()
 
     def finish(self, reason: str) -> None:
         """All rows are searched; end the utterance because the client says so ("flush" or "finish").
@@ -156,12 +157,13 @@ class Follower:
         ranked = finished(state.hypotheses, state.graph)
         best = ranked[0]
         start, end = self._seconds(state.start), self._seconds(state.frame)
-        words = self._words(best)
+        spans = self._tokenizer.words(best.ids)
+        words = self._words(best, spans)
         mean, p90 = _mean_and_p90(state.lookahead)
         frame = timing.frame_ms / 1000
         self.events.append(
             Final(
-                text=self._tokenizer.decode(best.ids),
+                text=" ".join([word for word, _, _ in spans]),
                 words=words if state.options.word_times else (),
                 confidence=confidence(best.tokens),
                 start=start,
@@ -223,18 +225,20 @@ class Follower:
         self.events.append(EndpointEvent("end_likely", self._seconds(state.frame), state.utterance))
         if state.options.interim_results:
             state.shown_ids = state.hypotheses[0].ids
-            self._show(self._tokenizer.decode(state.shown_ids))
+            self._show()
 
-    def _show(self, text: str) -> None:
+    def _show(self) -> None:
         state = self.state
         best = state.hypotheses[0]
+        spans = self._tokenizer.words(best.ids)
+        text = " ".join([word for word, _, _ in spans])
         mean, _ = _mean_and_p90(state.lookahead)
         state.shown = text
         self.events.append(
             Partial(
                 text=text,
-                words=self._words(best) if state.options.word_times else (),
-                stability=self._stability(best),
+                words=self._words(best, spans) if state.options.word_times else (),
+                stability=self._stability(best, spans),
                 audio_processed=self._seconds(state.frame),
                 lookahead_mean=mean * self._config.timing.frame_ms / 1000,
                 utterance=state.utterance,
@@ -248,24 +252,23 @@ class Follower:
         at = frame * self._config.timing.frame_ms / 1000 - state.shift
         return max(state.earliest, min(at, state.audio_end))
 
-    def _words(self, hypothesis: Hypothesis) -> tuple[Word, ...]:
+    def _words(self, hypothesis: Hypothesis, spans: Spans) -> tuple[Word, ...]:
         state = self.state
         return words_of(
             hypothesis.tokens,
-            self._tokenizer,
+            spans,
             self._config.timing,
             shift=state.shift,
             earliest=state.earliest,
             latest=self._seconds(state.frame),
         )
 
-    def _stability(self, best: Hypothesis) -> float:
+    def _stability(self, best: Hypothesis, spans: Spans) -> float:
         """Share of the words that are not expected to change: leading ones that are old, or agreed on.
 
         A word is *old* when its last token was emitted more than `stable_frames` frames ago. It is
         *agreed on* when all hypotheses have the same tokens up to the next word's start. Without words: 1.
         """
-        spans = self._tokenizer.words(best.ids)
         agreed = min(_common_prefix(best.ids, h.ids) for h in self.state.hypotheses)
         stable = 0
         for k, (_, _, last) in enumerate(spans):
@@ -286,6 +289,8 @@ class Follower:
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    if a is b:
+        return len(a)
     for k, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return k

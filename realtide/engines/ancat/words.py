@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from math import exp
 from typing import NamedTuple
 
-from realtide.engines.ancat.tokenizer import Tokenizer
 from realtide.engines.ancat.types import Word
 
 
@@ -36,14 +35,14 @@ class WordTiming:
 
 def words_of(
     tokens: Sequence[Token],
-    tokenizer: Tokenizer,
+    spans: Sequence[tuple[str, int, int]],
     timing: WordTiming,
     *,
     shift: float = 0.0,
     earliest: float = 0.0,
     latest: float = float("inf"),
 ) -> tuple[Word, ...]:
-    """Words of one utterance, in order.
+    """Words of one utterance, in order; `spans` are `Tokenizer.words` of the tokens' ids.
 
     Times are seconds: frame times plus offsets minus `shift`, kept within `earliest`..`latest`; starts and
     ends never decrease, a word never ends before it starts, and where two words would overlap they meet in
@@ -51,7 +50,6 @@ def words_of(
     last token.
     """
     frame = timing.frame_ms / 1000
-    spans = tokenizer.words([token.id for token in tokens])
     starts, ends = [], []
     for _, first, last in spans:
         start = tokens[first].frame * frame + timing.start_offset_ms / 1000 - shift
@@ -79,4 +77,4 @@ def confidence(tokens: Sequence[Token]) -> float:
     """Geometric mean of the tokens' posteriors, 0..1; 0 without tokens."""
     if not tokens:
         return 0.0
-    return exp(min(0.0, sum(token.log_prob for token in tokens) / len(tokens)))
+    return exp(min(0.0, sum([token.log_prob for token in tokens]) / len(tokens)))
