@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import resource
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -230,7 +233,7 @@ def test_options_check_themselves(options: dict[str, object], message: str) -> N
         OrtOptions(**options)  # type: ignore[arg-type]
 
 
-def test_a_file_that_is_no_graph(exported: Exported, tmp_path: object) -> None:
+def test_a_file_that_is_no_graph(exported: Exported, tmp_path: Path) -> None:
     data = exported.graph.read_bytes()
     for damaged in (b"", b"\xff" * 64, data[: len(data) // 2]):
         with pytest.raises(ProgramError):
@@ -307,3 +310,26 @@ def test_torch_program_takes_functional_modules_too() -> None:
     assert total.tolist() == [4, 4]
     with pytest.raises(FeedError, match="input 'x'"):
         program.run({})
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["onnx"] = None  # importing either raises ImportError
+import numpy as np
+from realtide.engines.runtime.ort import OrtProgram, read_graph_file
+from realtide.engines.runtime.program import allocate_state
+from realtide.engines.runtime.weights import WeightFile
+graph, weights, feeds, results = sys.argv[1:]
+state = allocate_state(read_graph_file(graph).state, {"R": 21})
+np.savez(results, **OrtProgram(graph, WeightFile(weights), state).run(dict(np.load(feeds))))
+"""
+
+
+def test_runs_where_torch_cannot_be_imported(exported: Exported, program: OrtProgram, tmp_path: Path) -> None:
+    batch = feeds(4)
+    np.savez(tmp_path / "feeds.npz", **batch)  # type: ignore[arg-type]
+    files = [exported.graph, exported.weights, tmp_path / "feeds.npz", tmp_path / "results.npz"]
+    subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT_TORCH, *map(str, files)], check=True)
+    results = np.load(tmp_path / "results.npz")
+    for name, array in program.run(batch).items():
+        assert np.array_equal(results[name], array)

@@ -1,0 +1,75 @@
+"""Serving imports no PyTorch (architecture rule 9): all modules but those named here import without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import realtide
+
+ROOT = Path(realtide.__file__).resolve().parent
+
+NEEDS_TORCH = frozenset(
+    {
+        # Training and export.
+        "realtide.engines.ancat.model",
+        "realtide.engines.ancat.offline",
+        "realtide.engines.ancat.regularizers",
+        "realtide.engines.ancat.rnnt",
+        "realtide.engines.ancat.stream",
+        "realtide.engines.ancat.training",
+        "realtide.engines.runtime.export",
+        "realtide.engines.runtime.in_place",
+        "realtide.engines.runtime.int8",
+        # The torch backend.
+        "realtide.engines.runtime.torch_program",
+    }
+)
+
+SCRIPT = """
+import importlib, importlib.abc, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchaudio", "onnx", "onnxscript", "onnx_ir"):
+            raise ImportError(f"{name} is blocked")
+        return None
+
+sys.meta_path.insert(0, Block())
+failed = []
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        failed.append(f"{name}: {error}")
+print("\\n".join(failed))
+"""
+
+
+def all_modules() -> set[str]:
+    names = set()
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        if parts[-1] != "__main__":
+            names.add(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return names
+
+
+def failures(names: set[str]) -> list[str]:
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, *sorted(names)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split("\n")[:-1] if result.stdout.strip() else []
+
+
+def test_serving_imports_no_torch_and_no_onnx_package() -> None:
+    modules = all_modules()
+    assert {"realtide.bundle", "realtide.engines.runtime.ort", "realtide.server.app"} <= modules
+    assert failures(modules - NEEDS_TORCH) == []
+
+
+def test_the_list_of_exceptions_is_current() -> None:
+    assert all_modules() >= NEEDS_TORCH
+    blocked = {line.partition(":")[0] for line in failures(set(NEEDS_TORCH))}
+    assert blocked == NEEDS_TORCH
