@@ -68,7 +68,7 @@ class SpeechMeter:
             self._spoke = True
             start = words[0].start if words else self._speech_start
             if start is not None:
-                self._delay(self._all.first_partial, start)
+                self._delay(self._all.first_partial, start, 1)
         texts = [word.text for word in words]
         for index, word in enumerate(words):
             if index >= len(self._shown) or self._shown[index] != word.text:
@@ -79,9 +79,9 @@ class SpeechMeter:
     def _position(self, seconds: float) -> int:
         return round(seconds * self._rate)
 
-    def _delay(self, metric: Histogram, seconds: float) -> None:
-        """Observe now minus the arrival of the sample at `seconds` of audio."""
-        position = min(max(self._position(seconds), 1), self._end)
+    def _delay(self, metric: Histogram, seconds: float, more: int = 0) -> None:
+        """Observe now minus the arrival of what ends `more` samples after `seconds` of audio."""
+        position = min(max(self._position(seconds) + more, 1), self._end)
         arrived = self._arrivals.of(position)
         if arrived is not None:
             self._model.observe(metric, max(time.monotonic() - arrived, 0.0))

@@ -226,7 +226,7 @@ class BurstEngine:
             data = json.loads(checkpoint)
             names = {one.name for one in fields(State)}
             state = State(**{name: value for name, value in data["state"].items() if name in names})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointMismatch(f"not of this engine: {error}") from None
         state.words = [(word[0], word[1], word[2]) for word in state.words]
         session = self._take(state)
