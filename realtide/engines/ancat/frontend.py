@@ -289,20 +289,6 @@ def offline_features(samples: Float32, sample_rate: int, config: FrontendConfig 
     return frontend.take()[:, c.left_context :].reshape(-1, c.mel_bins)
 
 
-def windows_of(
-    features: Float32, config: FrontendConfig | None = None, *, mean: Float32, std: Float32
-) -> Float32:
-    """Encoder input windows [T / 4, window, mel_bins] of `offline_features` [T, mel_bins].
-
-    Equal to what `Frontend.take` gives.
-    """
-    c = config or FrontendConfig()
-    scaled = (features - np.asarray(mean, np.float32)) * (1 / np.asarray(std, np.float32))
-    padded = np.concatenate((np.zeros((c.left_context, c.mel_bins), np.float32), scaled))
-    view = np.lib.stride_tricks.sliding_window_view(padded, c.window, axis=0)[:: c.subsampling]
-    return np.ascontiguousarray(view.transpose(0, 2, 1))
-
-
 class _Fifo:
     """Samples in order: amortised O(1) append and discard; the buffer shrinks again after a burst."""
 
