@@ -209,7 +209,7 @@ def _lattice(
             leaves = (column + labels[:, :, u] + beta[-1]).masked_fill(outside, minus_inf)
             rest = torch.logcumsumexp(leaves.flip(1), 1).flip(1) - column
         done = (lengths == u)[:, None]
-        beta.append(torch.where(done, last, rest.masked_fill((lengths < u)[:, None], minus_inf)))
+        beta.append(torch.where(done, last, rest))
     beta.reverse()
 
     forward = torch.stack(alpha, 2).masked_fill(outside[..., None], minus_inf)

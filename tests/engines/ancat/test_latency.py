@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -286,3 +289,10 @@ def test_refuses() -> None:
         schedule(good, np.array([0, 2, 1]), 1)
     with pytest.raises(ValueError, match="cost"):
         simulate(good, -0.1, 1.0)
+
+
+def test_the_documentation_is_true() -> None:
+    page = Path(__file__).parents[3] / "docs" / "latency.md"
+    result = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert result.attempted > 15
+    assert result.failed == 0
