@@ -1,0 +1,1 @@
+"""The command line `realtide`. It imports nothing heavy before a command needs it."""
