@@ -65,22 +65,20 @@ def _recording() -> Path:
 async def _run(file: Path, bundle: str | None) -> None:
     from rich.console import Console
 
-    from realtide.cli import audio, bundles
+    from realtide.cli import audio, models
     from realtide.cli.own_server import own_server
     from realtide.cli.session import transcribe
     from realtide_client import SpeechOptions, connect
 
     out = Console(highlight=False)
     source = audio.from_file(file, 0.04)
-    served = [bundles.resolve(bundle)] if bundle else bundles.found()[:1]
-    if not served:
-        raise CommandError(f"there is no model bundle in {', '.join(map(str, bundles.places()))}")
+    served = models.resolve(bundle) if bundle else models.default()
     began = time.monotonic()
     async with contextlib.AsyncExitStack() as stack:
-        with out.status(f"Starting a server with {served[0].name} …"):
-            server = await stack.enter_async_context(own_server(served))
+        with out.status(f"Starting a server with {served.name} …"):
+            server = await stack.enter_async_context(own_server([served]))
         out.print(
-            f"Serving [bold]{served[0].name}[/] on {server.address} after {time.monotonic() - began:.1f} s."
+            f"Serving [bold]{served.name}[/] on {server.address} after {time.monotonic() - began:.1f} s."
         )
         out.print(f"Streaming {file.name} ({source.seconds or 0:.1f} s of speech) as it is spoken:\n")
         display = _Partials(out)

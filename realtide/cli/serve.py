@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
-from realtide.cli import bundles
+from realtide.cli import models
 from realtide.cli.errors import CommandError, UsageError
+
+if TYPE_CHECKING:
+    from realtide.server.config import ServerConfig
 
 Setting = Annotated[
     list[str] | None,
@@ -59,11 +62,9 @@ def command(
         **assignments(settings or []),
     }
     if bundle:
-        flags["models"] = [str(bundles.resolve(name)) for name in bundle]
+        flags["models"] = [str(models.resolve(name)) for name in bundle]
     try:
-        loaded = load_config(config, flags)
-        if not loaded.models and (default := bundles.found()):
-            loaded = load_config(config, {**flags, "models": [str(path) for path in default]})
+        loaded = _with_bundles(load_config(config, flags))
     except ConfigError as error:
         raise UsageError("; ".join(str(error).splitlines())) from None
     if print_config:
@@ -75,6 +76,28 @@ def command(
         run(loaded)
     except (ConfigError, ImportError, OSError, ValueError) as error:
         raise CommandError("; ".join(str(error).splitlines())) from error
+
+
+def _with_bundles(config: ServerConfig) -> ServerConfig:
+    """Bundles that were left to be found: those of a directory of bundles, or all if none were named."""
+    from realtide import bundle
+    from realtide.server.config import ConfigError, ModelConfig
+
+    try:
+        if not config.models:
+            served = [
+                ModelConfig.model_validate({"bundle": directory})
+                for directory in bundle.find_bundles().values()
+            ]
+        else:
+            served = [
+                model.model_copy(update={"bundle": directory})
+                for model in config.models
+                for directory in (bundle.find_bundles([model.bundle]) or {"": model.bundle}).values()
+            ]
+    except bundle.BundleError as error:
+        raise ConfigError(str(error)) from None
+    return config.model_copy(update={"models": tuple(served)})
 
 
 def assignments(pairs: list[str]) -> dict[str, Any]:

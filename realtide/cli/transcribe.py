@@ -187,15 +187,12 @@ async def start_server(stack: contextlib.AsyncExitStack, bundle: str | None) -> 
     """Start an own server that lives as long as `stack`, and give its address."""
     from rich.console import Console
 
-    from realtide.cli import bundles
+    from realtide.cli import models
     from realtide.cli.own_server import own_server
 
-    served = [bundles.resolve(bundle)] if bundle else bundles.found()[:1]
-    if not served:
-        places = ", ".join(str(place) for place in bundles.places())
-        raise CommandError(f"there is no model bundle in {places}: name one with --bundle, or a --server")
-    with Console(stderr=True).status(f"Starting a server with {served[0].name} …"):
-        return (await stack.enter_async_context(own_server(served))).address
+    served = models.resolve(bundle) if bundle else models.default()
+    with Console(stderr=True).status(f"Starting a server with {served.name} …"):
+        return (await stack.enter_async_context(own_server([served]))).address
 
 
 def _display(source: Source, as_json: bool) -> Display:

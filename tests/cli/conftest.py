@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from realtide.cli import bundles
+from realtide import bundle as bundles
 from realtide.cli.main import main
 from realtide.server.app import Server
 from realtide.server.config import ServerConfig
@@ -53,7 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bundles, "places", lambda: [tmp_path / "models"])
+    monkeypatch.setattr(bundles, "search_path", lambda: [Path("models")])
 
     def command(*arguments: str | Path, stdin: bytes = b"") -> Done:
         monkeypatch.setattr(sys, "argv", ["realtide", *map(str, arguments)])

@@ -45,7 +45,7 @@ def test_bundles_are_found_by_name_by_path_and_by_themselves(run: Run, bundle: P
         (["--set", "no_such=1"], 2, "no_such: no such setting"),
         (["--set", "slots=[1"], 2, "not a YAML value"),
         (["--config", "none.yaml"], 2, "none.yaml cannot be read"),
-        (["nothing"], 1, "there is no model bundle 'nothing'"),
+        (["nothing"], 1, "there is no bundle 'nothing'"),
     ],
 )
 def test_bad_settings_are_refused(run: Run, arguments: list[str], code: int, sentence: str) -> None:

@@ -174,7 +174,7 @@ def test_the_servers_refusals_are_passed_on_with_their_fields(
 def test_no_bundle_and_no_server_is_said(run: Run, recording: Path, tmp_path: Path) -> None:
     done = run("transcribe", recording, "--bundle", "none-such")
     assert done.code == 1
-    assert "there is no model bundle 'none-such'" in done.err
+    assert "there is no bundle 'none-such'" in done.err
 
 
 def test_a_server_that_does_not_start_gives_its_reason(
