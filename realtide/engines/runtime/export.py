@@ -77,6 +77,8 @@ def export_program(
     """
     names = _check_call(examples, state, outputs, dynamic or {}, opset)
     module = module.eval()
+    if len({rename(name) for name in module.state_dict()}) < len(module.state_dict()):
+        raise ValueError("rename gives two weights one name")
     stored = {rename(name): value.detach() for name, value in module.state_dict().items()}
     model = _trace(module, examples[0], state, outputs, dynamic or {}, opset)
     kept = _strip(model, rename, set(module.state_dict()))

@@ -36,7 +36,7 @@ def check_in_place(model: onnx.ModelProto, state: Mapping[str, str]) -> None:
     producer = {name: index for index, node in enumerate(nodes) for name in node.output}
     consumers: dict[str, list[int]] = defaultdict(list)
     for index, node in enumerate(nodes):
-        for name in node.input:
+        for name in _inputs(node):
             consumers[name].append(index)
     for before, after in state.items():
         if after not in producer:
@@ -49,16 +49,18 @@ def check_in_place(model: onnx.ModelProto, state: Mapping[str, str]) -> None:
                 f"state {before!r} cannot be updated in place: {after!r} is written by {node.op_type} from "
                 f"{node.input[0]!r}; write the state once, by rows, with index_put or index_copy"
             )
-        if list(node.input).count(before) > 1:
-            raise ProgramError(f"state {before!r} is written with values read from itself")
+        views = _views(nodes, consumers, before)
+        if [name for name in _inputs(node) if name in views] != [before]:
+            raise ProgramError(f"state {before!r} is written with values or indices that are itself")
         done = _ancestors(nodes, producer, writer)
-        for reader in _readers(nodes, consumers, before, writer):
-            if reader not in done:
-                raise ProgramError(
-                    f"state {before!r} is read by {nodes[reader].op_type} {nodes[reader].output[0]!r}, which "
-                    "may run after the state's update: read the updated tensor, or make the update depend on "
-                    "the read"
-                )
+        for name in views:
+            for reader in consumers[name]:
+                if reader not in done and reader != writer and nodes[reader].op_type != "Shape":
+                    raise ProgramError(
+                        f"state {before!r} is read by {nodes[reader].op_type} {nodes[reader].output[0]!r}, "
+                        "which may run after the state's update: read the updated tensor, or make the "
+                        "update depend on the read"
+                    )
 
 
 def _ancestors(nodes: list[onnx.NodeProto], producer: Mapping[str, int], index: int) -> set[int]:
@@ -66,7 +68,7 @@ def _ancestors(nodes: list[onnx.NodeProto], producer: Mapping[str, int], index: 
     found: set[int] = set()
     waiting = [index]
     while waiting:
-        for name in nodes[waiting.pop()].input:
+        for name in _inputs(nodes[waiting.pop()]):
             parent = producer.get(name)
             if parent is not None and parent not in found:
                 found.add(parent)
@@ -74,17 +76,22 @@ def _ancestors(nodes: list[onnx.NodeProto], producer: Mapping[str, int], index: 
     return found
 
 
-def _readers(
-    nodes: list[onnx.NodeProto], consumers: Mapping[str, list[int]], name: str, writer: int
-) -> list[int]:
-    """Nodes other than the writer that read the tensor's memory, through views too."""
-    found = []
-    waiting = [name]
-    while waiting:
-        for index in consumers.get(waiting.pop(), []):
-            if index == writer or nodes[index].op_type == "Shape":
-                continue
-            found.append(index)
-            if nodes[index].op_type in _VIEWS:
-                waiting.extend(nodes[index].output)
+def _inputs(node: onnx.NodeProto) -> list[str]:
+    """All tensors a node reads, those that its subgraphs (of If, Loop, Scan) capture included."""
+    names = list(node.input)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                names += _inputs(inner)
+            names += [value.name for value in graph.output]
+    return names
+
+
+def _views(nodes: list[onnx.NodeProto], consumers: Mapping[str, list[int]], name: str) -> list[str]:
+    """The tensor's name, and those of tensors that may share its memory."""
+    found = [name]
+    for seen in found:  # grows while it is walked
+        for index in consumers.get(seen, []):
+            if nodes[index].op_type in _VIEWS and nodes[index].input[0] == seen:
+                found.extend(nodes[index].output)
     return found

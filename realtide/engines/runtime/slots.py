@@ -174,7 +174,7 @@ class SlotState:
     def zero(self, slot: int) -> None:
         """Zero all rows of a slot. Raises IndexError."""
         for part in self._parts:
-            self._view(part, slot)[...] = 0
+            _clear(self._view(part, slot))
 
     def export(self, slot: int) -> bytes:
         """Serialize the rows of a slot: versioned, self-describing, checksummed, without trailing zero rows.
@@ -224,7 +224,7 @@ class SlotState:
         for part, block in zip(self._parts, blocks, strict=True):
             view = self._view(part, slot)
             view[: len(block)] = block
-            view[len(block) :] = 0
+            _clear(view[len(block) :])
 
     def _view(self, part: _Part, slot: int) -> Array:
         if not 0 <= slot < self._slots:
@@ -255,10 +255,21 @@ def _read_header(data: bytes) -> tuple[list[tuple[str, str, list[int], int]], in
     return header, end
 
 
+def _bytes(view: Array) -> Array:
+    """The rows' bytes, [rows, bytes of a row]."""
+    width = int(np.prod(view.shape[1:], dtype=np.int64))  # -1 cannot be told where there are no rows
+    return np.ascontiguousarray(view).reshape(len(view), width).view(np.uint8)
+
+
+def _clear(view: Array) -> None:
+    """Zero, but leave alone what is zero: writing to pages that were never touched would commit them."""
+    if _bytes(view).any():
+        view[...] = 0
+
+
 def _used_rows(view: Array) -> int:
     """Rows up to the last one with a set bit (bits, not values: -0.0 must survive a round trip)."""
-    bits = np.ascontiguousarray(view).reshape(len(view), -1).view(np.uint8)
-    used = np.flatnonzero(bits.any(axis=1))
+    used = np.flatnonzero(_bytes(view).any(axis=1))
     return int(used[-1]) + 1 if used.size else 0
 
 

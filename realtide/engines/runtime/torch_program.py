@@ -50,14 +50,13 @@ class TorchProgram:
         self._device = _device_of(module)
         self._inputs, self._outputs, self._specs = tuple(inputs), tuple(outputs), tuple(state)
         self._checker = FeedChecker(inputs)
-        # On the CPU the tensors are views of the caller's arrays. Elsewhere a tensor's shape and dtype are
-        # checked through an array of zero strides that stands for it and holds no memory.
         for name, value in arrays.items():
             if isinstance(value, Tensor) and value.device != self._device:
                 raise ProgramError(f"state {name!r} is on {value.device}, the module on {self._device}")
             if not isinstance(value, Tensor) and self._device.type != "cpu":
                 raise ProgramError(f"state {name!r} is in host memory, the module on {self._device}")
         if self._device.type == "cpu":
+            # Views of one memory: the module writes what the caller reads.
             views = {name: v.numpy() if isinstance(v, Tensor) else v for name, v in arrays.items()}
             self._state = [torch.from_numpy(array) for array in check_state(state, views).values()]
         else:
@@ -117,7 +116,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _stand_in(value: Any) -> Array:
-    # One element in place of the tensor's: numpy checks dtype and shape, the device keeps the data.
+    # For checking dtype and shape as on the CPU; never written, so that it commits no memory.
     dtype = torch.zeros((), dtype=value.dtype).numpy().dtype
     return np.zeros(tuple(value.shape), dtype)
 

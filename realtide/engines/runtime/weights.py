@@ -39,6 +39,9 @@ class WeightFile(Mapping[str, Array]):
         array: Array = self._file.get_tensor(name)
         return array
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

@@ -179,6 +179,10 @@ def test_calls_are_checked(change: dict[str, object], message: str, tmp_path: Pa
     call: dict[str, object] = {"examples": [{"x": torch.ones(1)}], "state": {}, "outputs": ["y"]}
     with pytest.raises(ValueError, match=message):
         export_program(nn.Identity(), path=tmp_path / "g", **{**call, **change})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rename gives two weights one name"):
+        export_program(
+            nn.Linear(1, 1), [{"x": torch.ones(1)}], {}, ["y"], tmp_path / "g", rename=lambda name: "w"
+        )
 
 
 def graph(*nodes: onnx.NodeProto) -> onnx.ModelProto:
@@ -201,5 +205,14 @@ def test_in_place_check_sees_through_views_and_dependencies() -> None:
         check_in_place(twice, {"s": "s.next"})
     with pytest.raises(ProgramError, match=r"nothing writes 's\.next'"):
         check_in_place(graph(), {"s": "s.next"})
-    with pytest.raises(ProgramError, match="written with values read from itself"):
+    with pytest.raises(ProgramError, match="written with values or indices that are itself"):
         check_in_place(graph(node("ScatterND", ["s", "i", "s"], ["s.next"])), {"s": "s.next"})
+    aliased = graph(node("Identity", ["s"], ["v"]), write)
+    with pytest.raises(ProgramError, match="written with values or indices that are itself"):
+        check_in_place(aliased, {"s": "s.next"})
+    body = helper.make_graph(
+        [node("Relu", ["s"], ["y"])], "then", [], [helper.make_empty_tensor_value_info("y")]
+    )
+    branch = graph(write, node("If", ["c"], ["y"], then_branch=body, else_branch=body))
+    with pytest.raises(ProgramError, match="state 's' is read by If 'y'"):
+        check_in_place(branch, {"s": "s.next"})

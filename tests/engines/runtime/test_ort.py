@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import subprocess
@@ -14,6 +15,7 @@ import onnx
 import pytest
 import torch
 
+from realtide.engines.runtime.onnx_file import read_graph
 from realtide.engines.runtime.ort import OrtOptions, OrtProgram, read_graph_file
 from realtide.engines.runtime.program import Array, FeedError, ProgramError, allocate_state
 from realtide.engines.runtime.torch_program import TorchProgram
@@ -235,6 +237,13 @@ def test_options_check_themselves(options: dict[str, object], message: str) -> N
 
 def test_a_file_that_is_no_graph(exported: Exported, tmp_path: Path) -> None:
     data = exported.graph.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(500):
+        noise = bytearray(data)
+        for at in random.integers(0, len(data), 3):
+            noise[at] = random.integers(256)
+        with contextlib.suppress(ProgramError):  # the only exception that damage may cause
+            read_graph(bytes(noise))
     for damaged in (b"", b"\xff" * 64, data[: len(data) // 2]):
         with pytest.raises(ProgramError):
             OrtProgram(damaged, WeightFile(exported.weights), state())
@@ -316,6 +325,7 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = sys.modules["onnx"] = None  # importing either raises ImportError
 import numpy as np
+from realtide.engines.runtime.onnx_file import read_graph
 from realtide.engines.runtime.ort import OrtProgram, read_graph_file
 from realtide.engines.runtime.program import allocate_state
 from realtide.engines.runtime.weights import WeightFile

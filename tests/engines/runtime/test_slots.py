@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import struct
 
 import numpy as np
@@ -104,6 +105,21 @@ def test_zero_clears_one_slot_only() -> None:
             assert np.array_equal(state.rows(name, other), slot_state(before).rows(name, other))
         if name == "keys":
             assert np.array_equal(array[-1], before[name][-1])  # the dump row is nobody's
+
+
+def test_zeroing_and_loading_commit_no_untouched_memory() -> None:
+    values = {"keys": np.zeros((64 * 1024, 1024, 4), np.float32)}  # 1 GB
+    state = SlotState(values, {"keys": 1024}, 64)
+    values["keys"][0] = 1
+    data = state.export(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for slot in range(64):
+        state.zero(slot)
+        state.load(slot, data)
+    peak_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert values["keys"][63 * 1024].all()
+    # One row of each slot was written: at most two huge pages of 2 MB each, of the 16 MB that a slot owns.
+    assert peak_mb < 400
 
 
 def test_export_and_load_move_a_slot_to_the_bit() -> None:
