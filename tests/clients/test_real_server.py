@@ -73,7 +73,7 @@ async def test_options_results_and_controls_mean_the_same_on_both_sides() -> Non
 
 
 async def test_a_session_moves_from_a_draining_server_to_another_one() -> None:
-    replica = {"checkpoint_key": KEY, "drain_seconds": 30.0}
+    replica: dict[str, Any] = {"checkpoint_key": KEY, "drain_seconds": 30.0}
     async with running(**replica) as one, running(**replica) as other:
         address = f"ipv4:127.0.0.1:{one.server.port},127.0.0.1:{other.server.port}"
         client = rt.connect(address, channel_options=ROUND_ROBIN)
