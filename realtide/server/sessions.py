@@ -199,6 +199,10 @@ class StreamSession(ABC):
         except StatusError as error:
             log.info("stream ended: %s", error.message, extra={"code": error.code.name})
             await error.abort(self._context)
+        except grpc.aio.BaseError:
+            # The transport is gone and grpc is about to cancel this call: a disconnect, nobody is left to be told.
+            log.info("stream lost")
+            raise asyncio.CancelledError from None
         except Exception:
             log.exception("stream failed")
             await status.internal().abort(self._context)
@@ -237,7 +241,7 @@ class StreamSession(ABC):
         except StatusError as error:
             outcome = _OUTCOMES.get(error.code, "client_error")
             raise
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, grpc.aio.BaseError):
             outcome = "resumed_elsewhere" if self._going_away else "cancelled"
             raise
         finally:
@@ -303,6 +307,9 @@ class StreamSession(ABC):
             limits=limits(self.config),
             server_version=self.host.version,
         )
+        # On its own and before anything can go wrong: a status cannot be sent while a first message, which would carry
+        # the metadata, waits for a client that does not read. Not earlier, or clients could not retry refusals.
+        await self._context.send_initial_metadata(())
         log.info("session opened", extra={"model": plan.model.name, "resumed": plan.resumed})
         self._plan_in_force = plan
         if plan.checkpoint_interval:

@@ -120,12 +120,13 @@ async def responses(call: Any) -> list[Any]:
     return found
 
 
-async def failure(call: Any) -> grpc.aio.AioRpcError:
-    """Read until the stream ends badly."""
+async def failure(call: Any, found: list[Any] | None = None) -> grpc.aio.AioRpcError:
+    """Read until the stream ends badly; what comes before goes into `found`."""
     try:
         async with asyncio.timeout(10):
-            while await call.read() is not EOF:
-                pass
+            while (response := await call.read()) is not EOF:
+                if found is not None:
+                    found.append(response)
     except grpc.aio.AioRpcError as error:
         return error
     raise AssertionError(f"the stream ended with {await call.code()}")

@@ -43,7 +43,7 @@ async def test_first_come_first_served() -> None:
     visits = []
     for number in range(4):
         visits.append(asyncio.create_task(visit(number)))
-        await until(lambda number=number: admission.queued == number + 1)  # type: ignore[misc]
+        await until(lambda number=number: admission.queued == number + 1)
     held.release()
     await asyncio.gather(*visits)
     assert order == [0, 1, 2, 3]
@@ -162,5 +162,3 @@ async def test_who_leaves_the_queue_takes_no_slot() -> None:
         held.cancel()
         await server.all_free()
         assert len(server.engine.opened) == 1
-
-

@@ -46,9 +46,17 @@ FIRST = [
     (opening(lookahead_bias=float("-inf")), "open.options.lookahead_bias", "-8 to 8"),
     (opening(max_lookahead_ms=2**31), "open.options.max_lookahead_ms", "0 to"),
     (opening(language_code="xx"), "open.options.language_code", "en-US, en-GB"),
-    (opening(endpointing=Rules(final_silence_ms=39)), "open.options.endpointing.final_silence_ms", "40 to 30000"),
+    (
+        opening(endpointing=Rules(final_silence_ms=39)),
+        "open.options.endpointing.final_silence_ms",
+        "40 to 30000",
+    ),
     (opening(endpointing=Rules(no_speech_ms=30001)), "open.options.endpointing.no_speech_ms", "40 to 30000"),
-    (opening(endpointing=Rules(max_utterance_ms=999)), "open.options.endpointing.max_utterance_ms", "1000 to"),
+    (
+        opening(endpointing=Rules(max_utterance_ms=999)),
+        "open.options.endpointing.max_utterance_ms",
+        "1000 to",
+    ),
     (
         opening(endpointing=Rules(likely_silence_ms=500, final_silence_ms=400)),
         "open.options.endpointing.likely_silence_ms",
@@ -58,11 +66,19 @@ FIRST = [
     (opening(boosts=[Boost(phrases=["ok", ""])]), "open.options.boosts[0].phrases[1]", "1 to 20"),
     (opening(boosts=[Boost(phrases=["  "])]), "open.options.boosts[0].phrases[0]", "1 to 20"),
     (opening(boosts=[Boost(phrases=["a" * 21])]), "open.options.boosts[0].phrases[0]", "1 to 20"),
-    (opening(boosts=[Boost(phrases=["naïve"])]), "open.options.boosts[0].phrases[0]", "'ï' cannot be written"),
+    (
+        opening(boosts=[Boost(phrases=["naïve"])]),
+        "open.options.boosts[0].phrases[0]",
+        "'ï' cannot be written",
+    ),
     (opening(boosts=[Boost(phrases=["a"] * 3)] * 2), "open.options.boosts", "at most 5"),
     (opening(boosts=[Boost(phrases=["a"], boost=11)]), "open.options.boosts[0].boost", "-10 to 10"),
     (opening(boosts=[Boost(phrases=["a"], boost=float("nan"))]), "open.options.boosts[0].boost", "-10 to 10"),
-    (opening(session=Session(checkpoint_interval_ms=999)), "open.session.checkpoint_interval_ms", "least 1000"),
+    (
+        opening(session=Session(checkpoint_interval_ms=999)),
+        "open.session.checkpoint_interval_ms",
+        "least 1000",
+    ),
 ]
 
 LATER = [
@@ -72,7 +88,11 @@ LATER = [
     (opening(), "open", "open already"),
     (Request(resume=common_pb2.Resume(checkpoint=b"x")), "resume", "open already"),
     (Request(), "message", "exactly one"),
-    (Request(control=speech_pb2.SpeechControl(flush=common_pb2.Flush())), "control.control_id", "at least one"),
+    (
+        Request(control=speech_pb2.SpeechControl(flush=common_pb2.Flush())),
+        "control.control_id",
+        "at least one",
+    ),
     (
         Request(control=speech_pb2.SpeechControl(control_id="é" * 65, flush=common_pb2.Flush())),
         "control.control_id",
@@ -140,7 +160,9 @@ async def test_later_message(request_: speech_pb2.SpeechStreamRequest, field: st
         assert named == field
         assert range_ in problem
         await bystander.write(finish())
-        finals = [one.final.text for one in await responses(bystander) if one.WhichOneof("message") == "final"]
+        finals = [
+            one.final.text for one in await responses(bystander) if one.WhichOneof("message") == "final"
+        ]
         assert finals == ["burst1"]
         await server.all_free()
         assert server.metric("realtide_sessions_closed_total", outcome="client_error") == 1
@@ -246,7 +268,7 @@ async def test_bytes_that_are_no_message() -> None:
             "/realtide.v1.Speech/Stream",
             request_serializer=lambda data: data,
             response_deserializer=speech_pb2.SpeechStreamResponse.FromString,
-        )()
+        )(None)
         await call.write(opening().SerializeToString())
         assert (await call.read()).WhichOneof("message") == "opened"
         await call.write(b"\xff\xff\xff\xff\xff")

@@ -13,7 +13,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from realtide.engines.ancat.types import EndpointEvent, Final, Partial, Word
-from realtide.server import speech_meter
 from realtide.server.metrics import Metrics
 from realtide.server.speech_meter import SpeechMeter
 from realtide_client.v1 import common_pb2, models_pb2, models_pb2_grpc
@@ -145,7 +144,7 @@ async def test_calls_and_messages_are_counted() -> None:
         cancelled.cancel()
         for code, count in (("OK", 1), ("InvalidArgument", 1), ("Cancelled", 1)):
             await until(
-                lambda code=code, count=count: (  # type: ignore[misc]
+                lambda code=code, count=count: (
                     value("grpc_server_handled_total", grpc_code=code, **speech) == count
                 )
             )
@@ -160,7 +159,8 @@ async def test_calls_and_messages_are_counted() -> None:
         unary = {"grpc_type": "unary", "grpc_service": "realtide.v1.Models"}
         assert value("grpc_server_handled_total", grpc_method="ListModels", grpc_code="OK", **unary) == 1
         assert (
-            value("grpc_server_handled_total", grpc_method="DescribeModel", grpc_code="NotFound", **unary) == 1
+            value("grpc_server_handled_total", grpc_method="DescribeModel", grpc_code="NotFound", **unary)
+            == 1
         )
 
 
@@ -170,7 +170,9 @@ async def test_the_loop_that_is_blocked_shows_as_lag() -> None:
 
         def late() -> float:
             count = registry.get_sample_value("realtide_event_loop_lag_seconds_count") or 0.0
-            return count - (registry.get_sample_value("realtide_event_loop_lag_seconds_bucket", {"le": "0.1"}) or 0)
+            return count - (
+                registry.get_sample_value("realtide_event_loop_lag_seconds_bucket", {"le": "0.1"}) or 0
+            )
 
         before = late()
         await asyncio.sleep(0.06)
@@ -192,9 +194,9 @@ def test_delays_are_measured_from_the_arrival_of_the_sound(monkeypatch: pytest.M
     for index in range(40):
         meter.audio((index + 1) * 1600, 100.0 + (index + 1) * 0.1)
     now = [0.0]
-    monkeypatch.setattr(speech_meter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("realtide.server.speech_meter.time.monotonic", lambda: now[0])
 
-    def sums(name: str) -> tuple[float, float]:
+    def sums(name: str) -> Any:
         registry = metrics.registry
         labels = {"engine": "e", "model": "m"}
         return (
@@ -222,7 +224,9 @@ def test_delays_are_measured_from_the_arrival_of_the_sound(monkeypatch: pytest.M
     assert sums("first_partial_seconds")[0] == 1
     now[0] = 102.5
     meter.final(
-        Final("one too", words(("one", 0.55, 0.8), ("too", 1.0, 1.25)), 1, 0, 2.1, 1.25, 2.1, 0.1, 0.2, 0, "x")
+        Final(
+            "one too", words(("one", 0.55, 0.8), ("too", 1.0, 1.25)), 1, 0, 2.1, 1.25, 2.1, 0.1, 0.2, 0, "x"
+        )
     )
     assert sums("word_delay_seconds") == (3, pytest.approx(0.2 + 0.7 + 1.2))  # corrected
     assert sums("final_delay_seconds") == (1, pytest.approx(102.5 - 101.3))

@@ -243,9 +243,7 @@ async def test_periodic_checkpoints() -> None:
         await send(call, SPEECH)
         await call.write(finish())
         found = await responses(call)
-        positions = [
-            one.checkpoint.position for one in found if one.WhichOneof("message") == "checkpoint"
-        ]
+        positions = [one.checkpoint.position for one in found if one.WhichOneof("message") == "checkpoint"]
         assert positions == [8000, 16000, 24000, 32000, 40000]
         assert server.metric("realtide_checkpoint_bytes_count") == 5
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 import numpy as np
-import pytest
 
 from realtide_client.v1 import common_pb2
 from tests.server.engine import BurstEngine, pcm16, quiet, tone
 from tests.server.helpers import (
-    EOF,
     Request,
     audio,
     failure,
@@ -128,7 +127,7 @@ async def test_disconnect_frees_the_slots() -> None:
     async with running() as server:
         for _ in range(3):
             await server.opened()
-        await server.channel.close()
+        await server.channel.close(None)
         await server.all_free()
 
 
@@ -176,11 +175,8 @@ async def test_drain_ends_with_unavailable_after_one_more_checkpoint() -> None:
         server.server.drain()
         assert (await call.read()).WhichOneof("message") == "going_away"
         await call.write(audio(pcm16(tone(0.04))))
-        found = []
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            while (response := await call.read()) is not EOF:
-                found.append(response)
-        assert error.value.code() == GONE
+        found: list[Any] = []
+        assert (await failure(call, found)).code() == GONE
         assert found[-1].checkpoint.position == 640
         await server.all_free()
         assert server.metric("realtide_sessions_closed_total", outcome="drained") == 1
