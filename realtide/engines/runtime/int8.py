@@ -2,18 +2,20 @@
 
 The weights stay the bundle's float weights: the rewritten graph asks for initializers such as ``w@int8.T``
 and ``w@scale.T``, which `quantize` computes when the graph is loaded. Activations are quantized as they
-come (dynamic quantization), in one of two ways:
+come, in one of three ways:
 
 - ``row``: each row by its own scale, symmetric. A row's result does not depend on what else is in the
   batch, so a stream gets the same words whoever shares its step. Costs a few small operators per product.
 - ``tensor``: the whole tensor by one scale (ONNX DynamicQuantizeLinear), which onnxruntime fuses with the
-  product. A little faster, but the streams of a batch influence each other's rounding.
+  product. Faster, but the streams of a batch influence each other's rounding.
+- ``static``: the whole tensor by one constant scale that `calibrate` measured beforehand. As fast, and
+  independent of the batch; values beyond what calibration saw are cut off.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +24,14 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from realtide.engines.runtime.program import ProgramError
+from realtide.engines.runtime.ort import OrtProgram
+from realtide.engines.runtime.program import Array, ProgramError
 from realtide.engines.runtime.quantize import COPY, INT8, SCALE, TRANSPOSED
 
-Activations = Literal["row", "tensor"]
+Activations = Literal["row", "tensor", "static"]
 
 _PREFIX = "int8."
+_PRODUCT, _DOMAIN = "MatMulIntegerToFloat", "com.microsoft"
 
 
 @dataclass
@@ -35,13 +39,14 @@ class _Rewrite:
     """The graph under construction."""
 
     activations: Activations
+    ranges: Mapping[str, float]
     nodes: list[NodeProto] = field(default_factory=list)
     uses: Counter[str] = field(default_factory=Counter)
     """Products so far by weight."""
     wanted: dict[str, TensorProto] = field(default_factory=dict)
     """New initializers by name."""
-    quantized: dict[str, tuple[str, str, str]] = field(default_factory=dict)
-    """(quantized, scale, zero point) by the activation's name; products of one activation share it."""
+    quantized: dict[str, tuple[str, str, str, str]] = field(default_factory=dict)
+    """What `_activation` returned, by activation: products of one activation share it."""
 
     def add(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, list(inputs), [output], **attributes))
@@ -65,6 +70,7 @@ def quantize_graph(
     target: Path | str,
     *,
     activations: Activations = "row",
+    ranges: Mapping[str, float] | None = None,
     select: Callable[[str], bool] = lambda name: True,
     min_elements: int = 4096,
 ) -> list[str]:
@@ -74,6 +80,7 @@ def quantize_graph(
         source: a graph that `export_program` wrote (float32).
         target: file to write.
         activations: how activations are quantized, see above.
+        ranges: for ``static``: what `calibrate` returned.
         select: tells by name which weights to quantize.
         min_elements: weights with fewer elements stay float: quantizing would cost more than it saves.
 
@@ -81,38 +88,78 @@ def quantize_graph(
         The names of the weights that are int8 now.
 
     Raises:
-        ProgramError: nothing in the graph can be quantized.
+        ProgramError: nothing in the graph can be quantized, or `ranges` lacks an activation.
     """
     model = onnx.load(source, load_external_data=False)
     graph = model.graph
-    external = {t.name: t for t in graph.initializer if t.data_location == TensorProto.EXTERNAL}
-    transposed = {
-        node.output[0]: node.input[0]
-        for node in graph.node
-        if node.op_type == "Transpose" and node.input[0] in external and list(_perm(node, 2)) == [1, 0]
-    }
-    rewrite = _Rewrite(activations)
+    rewrite = _Rewrite(activations, ranges or {})
     done: list[str] = []
-    for node in graph.node:
-        weight, stored_transposed = _weight_of(node, external, transposed)
-        tensor = external.get(weight)
-        if (
-            tensor is None
-            or len(tensor.dims) != 2
-            or tensor.data_type != TensorProto.FLOAT
-            or tensor.dims[0] * tensor.dims[1] < min_elements
-            or not select(weight)
-        ):
+    for node, tensor, stored_transposed in _products(graph):
+        if tensor is None or tensor.dims[0] * tensor.dims[1] < min_elements or not select(tensor.name):
             rewrite.nodes.append(node)
             continue
         _product(rewrite, node, tensor, stored_transposed)
-        if weight not in done:
-            done.append(weight)
+        if tensor.name not in done:
+            done.append(tensor.name)
     if not done:
         raise ProgramError(f"{source}: no matrix product can be quantized")
     _replace(graph, rewrite)
+    model.opset_import.add(domain=_DOMAIN, version=1)
     Path(target).write_bytes(model.SerializeToString(deterministic=True))
     return done
+
+
+def calibrate(
+    source: Path | str,
+    weights: Mapping[str, Array],
+    state: Mapping[str, Array],
+    runs: Iterable[Mapping[str, Array]],
+) -> dict[str, float]:
+    """Measure the largest magnitude of every activation that is multiplied with a weight.
+
+    Args:
+        source: a graph that `export_program` wrote (float32).
+        weights: values of its external initializers by name.
+        state: its state arrays, updated by the runs.
+        runs: feeds of representative runs, in order.
+
+    Returns:
+        The magnitude by the activation's name in the graph, for `quantize_graph`.
+
+    Raises:
+        ProgramError, FeedError: as OrtProgram does.
+    """
+    model = onnx.load(source, load_external_data=False)
+    fed = {value.name for value in model.graph.input}
+    known = {value.name for value in model.graph.output}
+    ranges = {node.input[0]: 0.0 for node, tensor, _ in _products(model.graph) if tensor is not None}
+    for name in ranges:
+        if name not in fed | known:
+            # Its shape is not known here; its rank is not needed either.
+            model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    program = OrtProgram(model.SerializeToString(), weights, state)
+    for feeds in runs:
+        values = {**feeds, **program.run(feeds)}
+        for name in ranges:
+            ranges[name] = max(ranges[name], float(np.abs(values[name]).max(initial=0.0)))
+    return ranges
+
+
+def _products(graph: onnx.GraphProto) -> Iterator[tuple[NodeProto, TensorProto | None, bool]]:
+    """Every node, with the stored float matrix it multiplies with if it does, and whether that is [N, K]."""
+    external = {
+        t.name: t
+        for t in graph.initializer
+        if t.data_location == TensorProto.EXTERNAL and len(t.dims) == 2 and t.data_type == TensorProto.FLOAT
+    }
+    transposed = {
+        node.output[0]: node.input[0]
+        for node in graph.node
+        if node.op_type == "Transpose" and node.input[0] in external
+    }
+    for node in graph.node:
+        weight, stored_transposed = _weight_of(node, external, transposed)
+        yield node, external.get(weight), stored_transposed
 
 
 def _weight_of(
@@ -146,47 +193,54 @@ def _product(rewrite: _Rewrite, node: NodeProto, tensor: TensorProto, stored_tra
     weight = rewrite.external(tensor.name + INT8 + suffix + copy, TensorProto.INT8, shape, location)
     scale = rewrite.external(tensor.name + SCALE + suffix, TensorProto.FLOAT, shape[1:], location)
     bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] else ""
-    result = own + ".scaled" if bias else output
-    activation, activation_scale, zero = _activation(rewrite, node.input[0])
-    product = rewrite.add("MatMulInteger", [activation, weight, zero], own + ".product")
-    floats = rewrite.add("Cast", [product], own + ".float", to=TensorProto.FLOAT)
-    if rewrite.activations == "tensor":
-        # The form that onnxruntime fuses with the product.
-        scales = rewrite.add("Mul", [activation_scale, scale], own + ".scales")
-        rewrite.add("Mul", [floats, scales], result)
-    else:
-        # Not the product of both scales: onnxruntime 1.32 fuses that too, and then takes the first row's
-        # scale for all rows (its MatMulIntegerToFloat has one scale for the activation and does not check
-        # the shape).
-        columns = rewrite.add("Mul", [floats, scale], own + ".columns")
-        rewrite.add("Mul", [columns, activation_scale], result)
+    quantized, activation_scale, zero, peak = _activation(rewrite, node.input[0])
+    # onnxruntime's own operator: the product, both scales and the bias in one kernel.
+    inputs = [quantized, weight, activation_scale, scale, zero]
+    if not peak:
+        rewrite.add(_PRODUCT, [*inputs, "", bias] if bias else inputs, output, domain=_DOMAIN)
+        return
+    product = rewrite.add(_PRODUCT, inputs, own + ".product", domain=_DOMAIN)
+    result = rewrite.add("Mul", [product, peak], own + ".scaled" if bias else output)
     if bias:
         rewrite.add("Add", [result, bias], output)
 
 
-def _activation(rewrite: _Rewrite, name: str) -> tuple[str, str, str]:
-    """Quantize an activation [..., K] to uint8, once however many products read it."""
+def _activation(rewrite: _Rewrite, name: str) -> tuple[str, str, str, str]:
+    """Quantize an activation [..., K] to uint8, once however many products read it.
+
+    Returns:
+        Names of the quantized activation, its scale (one number), its zero point, and what each row [...,
+        1] of the product is to be multiplied with ("" for nothing).
+    """
     if name in rewrite.quantized:
         return rewrite.quantized[name]
     own = _PREFIX + name
     if rewrite.activations == "tensor":
         outputs = (own + ".uint8", own + ".scale", own + ".zero")
         rewrite.nodes.append(helper.make_node("DynamicQuantizeLinear", [name], list(outputs)))
-    else:
-        zero = rewrite.constant("zero", np.uint8(128))
-        last = rewrite.constant("last_axis", np.array([-1], np.int64))
-        size = rewrite.add("Abs", [name], own + ".abs")
-        peak = rewrite.add("ReduceMax", [size, last], own + ".peak", keepdims=1)
-        # A row of zeros must not divide by zero: its scale is tiny and its quantized values are 0.
-        peak = rewrite.add("Max", [peak, rewrite.constant("tiny", np.float32(1e-30))], own + ".divisor")
-        # A quotient, not a product with 1/127: see _product on what a product would be fused to.
-        scale = rewrite.add("Div", [peak, rewrite.constant("steps", np.float32(127))], own + ".scale")
-        ratio = rewrite.add("Div", [name, scale], own + ".ratio")
-        rounded = rewrite.add("Round", [ratio], own + ".rounded")
-        shifted = rewrite.add("Add", [rounded, rewrite.constant("shift", np.float32(128))], own + ".shifted")
-        outputs = (rewrite.add("Cast", [shifted], own + ".uint8", to=TensorProto.UINT8), scale, zero)
-    rewrite.quantized[name] = outputs
-    return outputs
+        rewrite.quantized[name] = (*outputs, "")
+        return rewrite.quantized[name]
+    zero = rewrite.constant("zero", np.uint8(128))
+    if rewrite.activations == "static":
+        if name not in rewrite.ranges:
+            raise ProgramError(f"activation {name!r} was not calibrated")
+        scale = rewrite.constant(own + ".scale", np.float32(max(rewrite.ranges[name], 1e-30) / 127))
+        uint8 = rewrite.add("QuantizeLinear", [name, scale, zero], own + ".uint8")
+        rewrite.quantized[name] = (uint8, scale, zero, "")
+        return rewrite.quantized[name]
+    # Rows are divided by their largest magnitude, and then have one constant scale and a product like any
+    # other. (A scale for each row cannot be given to the product: its kernel takes the first for all rows,
+    # unchecked.)
+    step = rewrite.constant("step", np.float32(1 / 127))
+    last = rewrite.constant("last_axis", np.array([-1], np.int64))
+    size = rewrite.add("Abs", [name], own + ".abs")
+    peak = rewrite.add("ReduceMax", [size, last], own + ".peak", keepdims=1)
+    # A row of zeros must not be divided by zero.
+    peak = rewrite.add("Max", [peak, rewrite.constant("tiny", np.float32(1e-30))], own + ".divisor")
+    ratio = rewrite.add("Div", [name, peak], own + ".ratio")
+    uint8 = rewrite.add("QuantizeLinear", [ratio, step, zero], own + ".uint8")
+    rewrite.quantized[name] = (uint8, step, zero, peak)
+    return rewrite.quantized[name]
 
 
 def _replace(graph: onnx.GraphProto, rewrite: _Rewrite) -> None:
@@ -204,10 +258,3 @@ def _replace(graph: onnx.GraphProto, rewrite: _Rewrite) -> None:
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(initializers)
-
-
-def _perm(node: NodeProto, rank: int) -> Sequence[int]:
-    for attribute in node.attribute:
-        if attribute.name == "perm":
-            return list(attribute.ints)
-    return list(range(rank))[::-1]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from realtide.engines.runtime.export import export_program
-from realtide.engines.runtime.int8 import Activations, quantize_graph
+from realtide.engines.runtime.int8 import Activations, calibrate, quantize_graph
 from realtide.engines.runtime.ort import OrtOptions, OrtProgram, read_graph_file
 from realtide.engines.runtime.program import Array, ProgramError
 from realtide.engines.runtime.quantize import column_scales, derived, quantize_columns
 
 WIDTH = 96
+WAYS: list[Activations] = ["row", "tensor", "static"]
 
 
 class Block(nn.Module):
@@ -51,18 +52,25 @@ def rows_of_many_sizes(count: int) -> Array:
     return (random.standard_normal((count, WIDTH)) * scale).astype(np.float32)
 
 
-@pytest.mark.parametrize("activations", ["row", "tensor"])
+def quantize(block: tuple[Path, dict[str, Array]], activations: Activations) -> tuple[Path, list[str]]:
+    """Quantize in one of the ways, calibrated on other inputs than those of the tests."""
+    path, weights = block
+    target = path.with_name(f"{activations}.int8.onnx")
+    ranges = None
+    if activations == "static":
+        noise = np.random.default_rng(7).standard_normal((300, WIDTH)).astype(np.float32)
+        ranges = calibrate(path, weights, {}, [{"x": noise}])
+    return target, quantize_graph(path, target, activations=activations, ranges=ranges)
+
+
+@pytest.mark.parametrize("activations", WAYS)
 @pytest.mark.parametrize("exact", ["0", "1"])
 def test_int8_is_close_to_float(
     block: tuple[Path, dict[str, Array]], activations: Activations, exact: str
 ) -> None:
     path, weights = block
-    target = path.with_name(f"{activations}.int8.onnx")
-    assert set(quantize_graph(path, target, activations=activations)) == {
-        "query.weight",
-        "key.weight",
-        "plain",
-    }
+    target, done = quantize(block, activations)
+    assert set(done) == {"query.weight", "key.weight", "plain"}
     x = np.random.default_rng(0).standard_normal((9, WIDTH)).astype(np.float32)
     want = OrtProgram(path, weights, {}).run({"x": x})
     options = OrtOptions(config={"session.x64quantprecision": exact})
@@ -74,32 +82,37 @@ def test_int8_is_close_to_float(
     assert not np.array_equal(got["y"], want["y"])
 
 
-def test_rows_do_not_influence_each_other(block: tuple[Path, dict[str, Array]]) -> None:
+@pytest.mark.parametrize("activations", ["row", "static"])
+def test_rows_do_not_influence_each_other(
+    block: tuple[Path, dict[str, Array]], activations: Activations
+) -> None:
     path, weights = block
-    target = path.with_name("independent.int8.onnx")
-    quantize_graph(path, target, activations="row")
-    program = OrtProgram(target, weights, {})
+    program = OrtProgram(quantize(block, activations)[0], weights, {})
     x = rows_of_many_sizes(12)
     together = program.run({"x": x})
     for index in range(len(x)):
         alone = program.run({"x": x[index : index + 1]})
         for name in ("y", "z"):
             assert np.array_equal(alone[name][0], together[name][index])
+    if activations == "static":
+        return  # one scale for rows of so different sizes cannot be near
     want = OrtProgram(path, weights, {}).run({"x": x})["y"]
     for mine, true in zip(together["y"], want, strict=True):
         assert np.linalg.norm(mine - true) < 0.03 * np.linalg.norm(true)
 
 
-@pytest.mark.parametrize("activations", ["row", "tensor"])
+@pytest.mark.parametrize("activations", WAYS)
 def test_no_rows_and_zero_rows(block: tuple[Path, dict[str, Array]], activations: Activations) -> None:
     path, weights = block
-    target = path.with_name(f"zero.{activations}.int8.onnx")
-    quantize_graph(path, target, activations=activations)
+    target, _ = quantize(block, activations)
     program = OrtProgram(target, weights, {})
     assert program.run({"x": np.zeros((0, WIDTH), np.float32)})["y"].shape == (0, WIDTH)
-    want = OrtProgram(path, weights, {}).run({"x": np.zeros((3, WIDTH), np.float32)})["y"]
+    reference = OrtProgram(path, weights, {})
+    usual = reference.run({"x": np.random.default_rng(1).standard_normal((3, WIDTH)).astype(np.float32)})["y"]
+    want = reference.run({"x": np.zeros((3, WIDTH), np.float32)})["y"]
     got = program.run({"x": np.zeros((3, WIDTH), np.float32)})["y"]
-    assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
+    # What is left are the biases: small beside the usual result, which sets a constant scale's rounding.
+    assert np.linalg.norm(got - want) < 0.03 * np.linalg.norm(usual)
 
 
 def test_the_graph_carries_no_weights_and_no_float_copies(block: tuple[Path, dict[str, Array]]) -> None:
@@ -128,7 +141,7 @@ def test_one_activation_is_quantized_once(block: tuple[Path, dict[str, Array]]) 
     nodes = onnx.load(target, load_external_data=False).graph.node
     # query(x) and key(x) share x; relu, the sum, and the last product have one each.
     assert sum(node.op_type == "DynamicQuantizeLinear" for node in nodes) == 4
-    assert sum(node.op_type == "MatMulInteger" for node in nodes) == 5
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in nodes) == 5
 
 
 def test_weights_can_be_selected(block: tuple[Path, dict[str, Array]]) -> None:
@@ -137,6 +150,17 @@ def test_weights_can_be_selected(block: tuple[Path, dict[str, Array]]) -> None:
     assert quantize_graph(path, target, select=lambda name: name == "plain") == ["plain"]
     with pytest.raises(ProgramError, match="no matrix product can be quantized"):
         quantize_graph(path, target, select=lambda name: False)
+
+
+def test_calibration_measures_activations(block: tuple[Path, dict[str, Array]]) -> None:
+    path, weights = block
+    x = np.random.default_rng(2).standard_normal((6, WIDTH)).astype(np.float32)
+    ranges = calibrate(path, weights, {}, [{"x": x}, {"x": 3 * x}, {"x": x[:0]}, {"x": x}])
+    hidden = np.maximum(3 * x @ weights["query.weight"].T + weights["query.bias"], 0)
+    assert ranges["x"] == np.abs(3 * x).max()
+    assert any(value == pytest.approx(hidden.max(), rel=1e-5) for value in ranges.values())
+    with pytest.raises(ProgramError, match="activation 'x' was not calibrated"):
+        quantize_graph(path, path.with_name("no.onnx"), activations="static")
 
 
 def test_columns_are_rounded_to_half_a_step() -> None:
