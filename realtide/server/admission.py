@@ -114,7 +114,8 @@ class Admission:
     def retry_after(self) -> float:
         """Seconds until a slot will probably be free for one more behind those who wait already.
 
-        Slots come free every (mean length of a session) / slots; sessions longer than the mean so far are not known.
+        Slots come free every (mean length of a session) / slots; sessions longer than the mean so far are not
+        known.
         """
         estimate = self._mean / self.slots * (len(self._queue) + 1)
         return min(max(estimate, _LEAST_RETRY), _MOST_RETRY)

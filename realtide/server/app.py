@@ -42,7 +42,7 @@ class Server:
 
     Args:
         config: settings; port 0 chooses a free one (see `port` and `metrics_port`).
-        engines: serve these instead of loading `config.models`; those with the same model name share its queue.
+        engines: serve these instead of loading `config.models`; those of one model share its queue.
     """
 
     def __init__(self, config: ServerConfig, engines: Sequence[SpeechEngine] | None = None) -> None:

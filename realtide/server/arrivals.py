@@ -8,8 +8,8 @@ from bisect import bisect_left
 class Arrivals:
     """Arrival times of the most recent media, as (end position, time) per message.
 
-    At most `limit` messages are remembered: when there are more, every second one of the older half is merged into its
-    successor, which makes those answers later by at most one message each time.
+    At most `limit` messages are remembered: when there are more, every second one of the older half is merged
+    into its successor, which makes those answers later by at most one message each time.
     """
 
     def __init__(self, start: int, limit: int = 1024) -> None:

@@ -22,7 +22,8 @@ NAMES: dict[int, str] = {
 def decode(data: bytes, encoding: int) -> Samples:
     """Samples [N] of a chunk in little endian `encoding`; full scale is 1.0.
 
-    LINEAR16 is copied once. FLOAT32 is not copied (the array is a read-only view of `data`) unless it must be clipped.
+    LINEAR16 is copied once. FLOAT32 is not copied (the array is a read-only view of `data`) unless it must be
+    clipped.
 
     Raises:
         StatusError: INVALID_ARGUMENT, no bytes, part of a sample, NaN or infinity.
@@ -47,6 +48,6 @@ def decode(data: bytes, encoding: int) -> Samples:
 
 
 def pieces(samples: Samples, size: int) -> Iterator[Samples]:
-    """Views of at most `size` consecutive samples, so that one large message cannot hold up a step of others."""
+    """Views of at most `size` samples, so that one large message cannot hold up a step of others."""
     for start in range(0, len(samples), size):
         yield samples[start : start + size]

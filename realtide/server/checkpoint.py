@@ -2,8 +2,8 @@
 
     "RTCP" | version u8 | seal u8 | header length u32 | header (JSON) | state | 32 bytes of seal
 
-All numbers little endian. The seal covers everything before it: HMAC-SHA256 under the deployment's key, or plain
-SHA-256 (against damage, not against malice) where no key is configured.
+All numbers little endian. The seal covers everything before it: HMAC-SHA256 under the deployment's key, or
+plain SHA-256 (against damage, not against malice) where no key is configured.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Configuration of the server: one checked object from flags, environment, a YAML file and defaults, in that order.
+"""Configuration: one checked object from flags, environment, a YAML file and defaults, in that order.
 
-Environment variables are the field names in capitals behind ``REALTIDE_`` (``REALTIDE_QUEUE_LIMIT=32``); lists and
-mappings are JSON, and ``REALTIDE_MODELS`` may also be bundle directories with commas between them. Names that no field
-has are refused wherever they stand: a typing error must not silently leave a default in force.
+Environment variables are the field names in capitals behind ``REALTIDE_`` (``REALTIDE_QUEUE_LIMIT=32``);
+lists and mappings are JSON, and ``REALTIDE_MODELS`` may also be bundle directories with commas between them.
+Names that no field has are refused wherever they stand: a typing error must not silently leave a default in
+force.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Setting
 ENV_PREFIX = "REALTIDE_"
 # Read by `load_config` itself: the configuration file's path.
 ENV_FILE = ENV_PREFIX + "CONFIG"
-# Kubernetes puts REALTIDE_PORT=tcp://..., REALTIDE_SERVICE_HOST, REALTIDE_PORT_50051_TCP... into every pod of a namespace
-# that has a Service called "realtide". They are not ours and must neither be refused nor be read.
+# Kubernetes puts REALTIDE_PORT=tcp://..., REALTIDE_SERVICE_HOST, REALTIDE_PORT_50051_TCP... into every pod of
+# a namespace that has a Service called "realtide". They are not ours and must neither be refused nor be read.
 _KUBERNETES = re.compile(
     r"REALTIDE_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
@@ -31,7 +32,7 @@ _KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")
 
 
 class ConfigError(Exception):
-    """The configuration is not valid. The message has one line per field: name, accepted range, value and source."""
+    """Not valid. The message has one line per field: name, accepted range, value and source."""
 
 
 class ModelConfig(BaseModel):
@@ -180,7 +181,7 @@ class _Environment(ServerConfig, BaseSettings):
 
 
 def load_config(file: Path | str | None = None, flags: Mapping[str, Any] | None = None) -> ServerConfig:
-    """Merge and check all sources: flags beat the environment, which beats the file, which beats the defaults.
+    """Merge and check all sources: flags beat environment beats file beats defaults.
 
     Args:
         file: YAML file; None takes the one that ``REALTIDE_CONFIG`` names, if any.

@@ -1,8 +1,9 @@
 """The executor: one thread that owns an engine and advances its sessions, earliest deadline first.
 
-It does not know what the sessions compute or who listens. Each round it takes what has arrived, feeds sessions until
-each has a step's worth of work, steps the most urgent session together with others that can share the step, and hands
-all events to the event loop with a single wake-up. With nothing to do it sleeps on its queue.
+It does not know what the sessions compute or who listens. Each round it takes what has arrived, feeds
+sessions until each has a step's worth of work, steps the most urgent session together with others that can
+share the step, and hands all events to the event loop with a single wake-up. With nothing to do it sleeps on
+its queue.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Executor:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name=f"executor-{engine.model}", daemon=True)
 
-    # -- event loop ---------------------------------------------------------------------------------------------
+    # -- event loop --------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the thread; events go to the running event loop."""
@@ -124,7 +125,7 @@ class Executor:
         """Close `handle` between steps."""
         self._mail.put(lambda: self._release(handle))
 
-    # -- executor's thread --------------------------------------------------------------------------------------
+    # -- executor's thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
@@ -185,7 +186,8 @@ class Executor:
     def _feed(self, handle: Handle, session: Session) -> bool:
         """Hand over input until a step has work (True), input is used up or the client leaves events unread.
 
-        Input beyond the next step stays in the queue: that is where it is bounded, and where a control keeps its place.
+        Input beyond the next step stays in the queue: that is where it is bounded, and where a control keeps
+        its place.
         """
         while not handle.full():
             if session.runnable():

@@ -1,8 +1,8 @@
 """One session as seen from both sides: a bounded queue of input to the executor and one of events back.
 
-The event loop writes some fields and the executor's thread the others, never both, so neither side takes a lock: under
-the interpreter's lock a flag that is set before a re-check of the other side's counter cannot be missed. The
-executor wakes the event loop once per round, not once per event.
+The event loop writes some fields and the executor's thread the others, never both, so neither side takes a
+lock: under the interpreter's lock a flag that is set before a re-check of the other side's counter cannot be
+missed. The executor wakes the event loop once per round, not once per event.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 
 from realtide.engines.engine import Session
 
-# What an item costs at least, in seconds of input: bounds the queue's length when items carry no or hardly any media.
+# What an item costs at least, in seconds of input: bounds the queue's length when items carry no or hardly
+# any media.
 _LEAST_COST = 0.005
 
 
@@ -113,14 +114,14 @@ class Handle:
         self.ready_since = 0.0
         self.busy = 0.0  # seconds of step time, each step shared by its batch
 
-    # -- event loop ---------------------------------------------------------------------------------------------
+    # -- event loop --------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Have the executor look at the session for the first time; a restored one may have work already."""
         self._signal()
 
     async def put(self, item: Any, units: int = 0, seconds: float = 0.0) -> None:
-        """Queue input of `units` media units lasting `seconds`; waits while too much input is waiting already."""
+        """Queue input of `units` media units lasting `seconds`; waits while too much is queued."""
         while self._backlog() >= self._ahead and not self.released:
             self._room.clear()
             self._wants_room = True
@@ -181,7 +182,7 @@ class Handle:
             self.make_room()
             self._on_released()
 
-    # -- executor -----------------------------------------------------------------------------------------------
+    # -- executor ----------------------------------------------------------------------------------------
 
     def noticed(self) -> None:
         """The executor looks at the handle now: what is signalled from here on needs a new message."""

@@ -17,8 +17,9 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class HealthReporter:
     """Reports Speech NOT_SERVING when no model can take a session at once, and all services when draining.
 
-    The server as a whole (service "") stays SERVING when it is merely full, unless `full_is_unhealthy`: a full pod is
-    well, and a liveness probe must not kill it. A model whose engine has failed makes the whole NOT_SERVING.
+    The server as a whole (service "") stays SERVING when it is merely full, unless `full_is_unhealthy`: a
+    full pod is well, and a liveness probe must not kill it. A model whose engine has failed makes the whole
+    NOT_SERVING.
     """
 
     def __init__(self, host: Host) -> None:
@@ -44,7 +45,7 @@ class HealthReporter:
         }
 
     async def run(self) -> None:
-        """Publish changes until cancelled. Not done in place: a watcher that does not read can hold up `set`."""
+        """Publish changes until cancelled. A task, because a watcher that does not read can hold up `set`."""
         published: dict[str, bool] = {}
         while True:
             self._changed.clear()

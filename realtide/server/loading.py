@@ -12,7 +12,8 @@ import yaml
 from realtide.server.config import ConfigError, ModelConfig, ServerConfig
 from realtide.server.models import SpeechEngine
 
-# Engine name in the manifest -> module with `load(bundle, *, slots, max_batch, precision, threads, step_latency)`.
+# Engine name in the manifest -> module with `load(bundle, *, slots, max_batch, precision, threads,
+# step_latency)`.
 ENGINES = {"ancat": "realtide.engines.ancat.engine"}
 
 

@@ -32,7 +32,7 @@ def _extras(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, session, the call's extra fields, exception."""
+    """One JSON object a line: time (UTC), level, logger, message, session, extra fields, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Render `record`."""

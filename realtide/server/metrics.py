@@ -1,8 +1,8 @@
-"""Every Prometheus metric of the server: names, labels and buckets (docs/metrics.md lists them; a test compares).
+"""Every Prometheus metric of the server: names, labels, buckets (docs/metrics.md; a test compares).
 
-Buckets are dense around the range that each metric is meant to stay in, so that its 50th and 99th percentiles are
-readable, and reach far enough beyond to show how bad it is when it does not. No label ever holds a session id, a
-text or a client's address.
+Buckets are dense around the range that each metric is meant to stay in, so that its 50th and 99th percentiles
+are readable, and reach far enough beyond to show how bad it is when it does not. No label ever holds a
+session id, a text or a client's address.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class GrpcMetrics:
 
 @dataclass(slots=True)
 class ModelMetrics:
-    """Metrics of one model. The executor's hooks are called from its thread, all others from the event loop."""
+    """Metrics of one model. The executor's thread calls its hooks, the event loop all others."""
 
     metrics: Metrics
     engine: str

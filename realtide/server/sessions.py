@@ -1,8 +1,9 @@
 """The grammar that every stream follows (design: proto/realtide/v1/common.proto), for any kind of media.
 
-A session is two tasks: one reads the client and feeds the engine's queue, one writes what comes out. Everything that
-goes to the client, receipts too, takes the one way through the queue of events, so that its order is the order in which
-it happened. A kind of stream (speech_service.py) adds what its media, controls and results are.
+A session is two tasks: one reads the client and feeds the engine's queue, one writes what comes out.
+Everything that goes to the client, receipts too, takes the one way through the queue of events, so that its
+order is the order in which it happened. A kind of stream (speech_service.py) adds what its media, controls
+and results are.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 
 # Exports that may be under way at once; the next request is not read before one of them is answered.
 _EXPORTS = 2
-# Longest wait, in seconds, for a client to take the checkpoint that it gets when the drain's deadline has come.
+# Longest wait, in seconds, for a client to take the checkpoint that it gets when the drain's deadline has
+# come.
 _LAST_CHECKPOINT = 1.0
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # missing in the stubs
 _OUTCOMES = {grpc.StatusCode.INTERNAL: "server_error", grpc.StatusCode.UNAVAILABLE: "drained"}
@@ -97,7 +99,7 @@ class StreamSession(ABC):
         self._checkpoint_units = 0
         self._going_away = False
 
-    # -- what a kind of stream adds -----------------------------------------------------------------------------
+    # -- what a kind of stream adds ----------------------------------------------------------------------
 
     @abstractmethod
     def plan_open(self, message: Any) -> Plan:
@@ -140,7 +142,7 @@ class StreamSession(ABC):
     def on_close(self, busy: float) -> None:
         """The session is over; its steps took `busy` seconds."""
 
-    # -- for those kinds ----------------------------------------------------------------------------------------
+    # -- for those kinds ---------------------------------------------------------------------------------
 
     async def put(self, item: Any, units: int = 0, seconds: float = 0.0) -> None:
         """Queue input for the engine; waits while too much is queued."""
@@ -175,7 +177,7 @@ class StreamSession(ABC):
             session_seconds=now - self.opened_at,
         )
 
-    # -- from outside -------------------------------------------------------------------------------------------
+    # -- from outside ------------------------------------------------------------------------------------
 
     def drain(self, seconds: float) -> None:
         """Tell the client to go elsewhere within `seconds`; then end the stream."""
@@ -200,7 +202,8 @@ class StreamSession(ABC):
             log.info("stream ended: %s", error.message, extra={"code": error.code.name})
             await error.abort(self._context)
         except grpc.aio.BaseError:
-            # The transport is gone and grpc is about to cancel this call: a disconnect, nobody is left to be told.
+            # The transport is gone and grpc is about to cancel this call: a disconnect, nobody is left to be
+            # told.
             log.info("stream lost")
             raise asyncio.CancelledError from None
         except Exception:
@@ -211,7 +214,7 @@ class StreamSession(ABC):
             for timer in self._timers.values():
                 timer.cancel()
 
-    # -- the call -----------------------------------------------------------------------------------------------
+    # -- the call ----------------------------------------------------------------------------------------
 
     async def _serve(self) -> None:
         if self.host.drain_until is not None:
@@ -307,8 +310,9 @@ class StreamSession(ABC):
             limits=limits(self.config),
             server_version=self.host.version,
         )
-        # On its own and before anything can go wrong: a status cannot be sent while a first message, which would carry
-        # the metadata, waits for a client that does not read. Not earlier, or clients could not retry refusals.
+        # On its own and before anything can go wrong: a status cannot be sent while a first message, which
+        # would carry the metadata, waits for a client that does not read. Not earlier, or clients could not
+        # retry refusals.
         await self._context.send_initial_metadata(())
         log.info("session opened", extra={"model": plan.model.name, "resumed": plan.resumed})
         self._plan_in_force = plan
@@ -340,7 +344,7 @@ class StreamSession(ABC):
         finally:
             await _cancelled(reader, writer)
 
-    # -- reading ------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------------
 
     async def _read(self) -> None:
         while (request := await self._next()) is not _EOF:
@@ -400,7 +404,7 @@ class StreamSession(ABC):
         await self._exports.acquire()
         await self.put(Export(_Wish(request_id)))
 
-    # -- writing ------------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------------
 
     async def _write(self, handle: Handle) -> None:
         while True:
@@ -465,10 +469,10 @@ class StreamSession(ABC):
         plan.model.metrics.observe(self.host.metrics.checkpoint_bytes, len(data))
         return common_pb2.Checkpoint(data=data, position=position)
 
-    # -- time ---------------------------------------------------------------------------------------------------
+    # -- time --------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """End the stream if the client has neither sent nor read for the idle limit; look again when it could have."""
+        """End the stream if the client neither sent nor read for the idle limit; else look again."""
         limit = self.config.idle_timeout
         if not limit:
             return

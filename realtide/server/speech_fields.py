@@ -1,7 +1,7 @@
 """Checks every field of a speech session's messages and translates them to the engine's options and controls.
 
-Each refusal names the field's path and the accepted range, and comes before a slot is taken (open) or before the engine
-has seen anything of the message (controls).
+Each refusal names the field's path and the accepted range, and comes before a slot is taken (open) or before
+the engine has seen anything of the message (controls).
 """
 
 from __future__ import annotations

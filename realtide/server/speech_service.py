@@ -23,9 +23,11 @@ from realtide_client.v1 import speech_pb2 as pb
 
 SERVICE = "realtide.v1.Speech"
 
-# One message is fed to the engine in pieces of this length, in seconds, so that pushing it cannot hold up a step.
+# One message is fed to the engine in pieces of this length, in seconds, so that pushing it cannot hold up a
+# step.
 _PIECE = 0.1
-# Audio this much ahead of the clock, in seconds, still counts as live: jitter, and clocks that differ a little.
+# Audio this much ahead of the clock, in seconds, still counts as live: jitter, and clocks that differ a
+# little.
 _JITTER = 1.0
 
 _REASONS = {
@@ -73,7 +75,7 @@ class SpeechSession(StreamSession):
         """Samples per second."""
         return self._audio.sample_rate_hz
 
-    # -- opening ------------------------------------------------------------------------------------------------
+    # -- opening -----------------------------------------------------------------------------------------
 
     def plan_open(self, message: pb.SpeechOpen) -> Plan:
         """Check every choice of the session."""
@@ -135,7 +137,7 @@ class SpeechSession(StreamSession):
         session = common_pb2.Opened(checkpoint_interval_ms=self._interval)
         return pb.SpeechOpened(session=session, audio=self._audio, options=self._options).SerializeToString()
 
-    # -- input --------------------------------------------------------------------------------------------------
+    # -- input -------------------------------------------------------------------------------------------
 
     async def on_media(self, request: pb.SpeechStreamRequest) -> None:
         """Check, decode and queue audio."""
@@ -170,7 +172,7 @@ class SpeechSession(StreamSession):
         """Record the session's real-time factor."""
         self._meter.close(busy)
 
-    # -- results ------------------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------------
 
     def on_event(self, event: types.SpeechEvent, position: int) -> Iterable[Message]:
         """Translate an event and take its measure."""

@@ -1,7 +1,8 @@
-"""A small deterministic engine for the server's tests: it hears tone bursts as words. A real engine on real slots.
+"""A small deterministic engine for the server's tests: it hears tone bursts as words, on real slots.
 
-Audio is consumed in frames of 40 ms. A loud frame after a quiet one starts a word, ``burst1``, ``burst2``... in the
-utterance; `final_silence_ms` of quiet after a word ends the utterance. State is a small dataclass, exported as JSON.
+Audio is consumed in frames of 40 ms. A loud frame after a quiet one starts a word, ``burst1``, ``burst2``...
+in the utterance; `final_silence_ms` of quiet after a word ends the utterance. State is a small dataclass,
+exported as JSON.
 """
 
 from __future__ import annotations

@@ -277,6 +277,17 @@ async def test_bytes_that_are_no_message() -> None:
         await server.all_free()
 
 
+async def test_an_end_that_overtakes_the_first_message() -> None:
+    """The status must come though `opened` is still being written."""
+    async with running() as server:
+        for _ in range(50):
+            call = server.stream()
+            await call.write(opening())
+            await call.write(audio(b"\0"))
+            assert (await failure(call)).code() == INVALID
+        await server.all_free()
+
+
 async def test_close_without_a_message() -> None:
     async with running() as server:
         call = server.stream()

@@ -164,7 +164,7 @@ async def test_more_controls_than_may_be_pending_wait_and_all_are_applied() -> N
 
 
 async def checkpointed(server: Running, at: int) -> tuple[list[Any], Any]:
-    """Send SPEECH up to sample `at`, ask for a checkpoint and drop the call: what came, and the checkpoint."""
+    """Send SPEECH up to sample `at`, get a checkpoint, drop the call: what came, and the checkpoint."""
     call = await server.opened()
     await send(call, SPEECH[:at])
     await call.write(Request(checkpoint_request=common_pb2.CheckpointRequest(request_id="mine")))
