@@ -86,6 +86,7 @@ class ScriptedSpeech(speech_pb2_grpc.SpeechServicer, models_pb2_grpc.ModelsServi
         self.opens: list[speech_pb2.SpeechOpen] = []
         self.resumes: list[int] = []  # positions
         self.metadata: list[dict[str, Any]] = []
+        self.asked: list[str] = []  # ids of checkpoint requests
         self.ended: list[str] = []  # how each call ended
         self.states: dict[int, State] = {}  # by call, once it is open
         self.draining = 0
@@ -199,6 +200,7 @@ class ScriptedSpeech(speech_pb2_grpc.SpeechServicer, models_pb2_grpc.ModelsServi
                         await context.abort(grpc.StatusCode.UNAVAILABLE, "dropped by the script")
                 case "checkpoint_request":
                     request_id = request.checkpoint_request.request_id
+                    self.asked.append(request_id)
                     yield Response(checkpoint=self._checkpoint(state, request_id))
                 case "finish":
                     if state.rest:

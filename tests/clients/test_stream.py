@@ -401,3 +401,13 @@ async def test_models_are_listed_and_described(serve: Serve) -> None:
         assert (await client.describe("scripted")).name == "scripted"
         with pytest.raises(rt.NotFound):
             await client.describe("other")
+
+
+async def test_an_answered_checkpoint_request_is_not_repeated(serve: Serve) -> None:
+    address, servicer = await serve(Script(drop_at={0: 1600}, checkpoint_every=0))
+    async with rt.connect(address) as client, client.speech(retry=EAGER) as stream:
+        await stream.send(speech(800))
+        assert (await stream.checkpoint()).position == 800
+        await say(stream, speech(2400))
+    assert stream.reconnects == 1
+    assert len(servicer.asked) == 1
