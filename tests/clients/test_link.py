@@ -31,7 +31,7 @@ class Call:
 
     async def read(self) -> Any:
         raise grpc.aio.AioRpcError(
-            self.status[0], grpc.aio.Metadata(), grpc.aio.Metadata(), details=self.status[1]
+            self.status[0], grpc.aio.Metadata(), grpc.aio.Metadata(), self.status[1], None
         )
 
     async def code(self) -> grpc.StatusCode:
