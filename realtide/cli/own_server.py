@@ -43,8 +43,8 @@ async def own_server(bundles: Sequence[Path] = (), settings: Sequence[str] = ())
     Raises:
         CommandError: It did not start; the message has its last words.
     """
-    # The caller's own REALTIDE_* settings are for servers that others start; ports given there would clash.
-    environment = {name: value for name, value in os.environ.items() if name != "REALTIDE_CONFIG"}
+    # REALTIDE_* settings are for servers that the user starts: ports or TLS given there would not fit this one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("REALTIDE_")}
     arguments = ["serve", *map(str, bundles), "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
     arguments += ["--log-level", "warning", "--set", "metrics_host=127.0.0.1", "--set", "drain_seconds=0"]
     for setting in settings:

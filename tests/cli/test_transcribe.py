@@ -106,8 +106,9 @@ def test_stereo_at_another_rate_is_mixed(run: Run, address: str, tmp_path: Path)
 
 
 def test_without_a_server_one_is_started_and_stopped(
-    run: Run, process: Process, bundle: Path, recording: Path
+    run: Run, process: Process, bundle: Path, recording: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("REALTIDE_PORT", "1")  # meant for another server
     done = run("transcribe", recording)
     assert (done.code, done.out.splitlines()) == (0, TEXTS)
     assert done.err == ""
