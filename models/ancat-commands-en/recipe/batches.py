@@ -16,6 +16,14 @@ from realtide.engines.ancat.tokenizer import Tokenizer
 from realtide.engines.ancat.training import Batch
 
 
+BUCKET = 20  # encoder frames
+
+
+def rounded(frames: int) -> int:
+    """Frames that a batch with an utterance of this length is padded to."""
+    return -(-frames // BUCKET) * BUCKET
+
+
 @dataclass(slots=True)
 class Corpus:
     """A pool with its targets. `examples` are (record, token ids, encoder frames) of the usable records."""
@@ -26,11 +34,11 @@ class Corpus:
     examples: list[tuple[Record, list[int], int]]
 
 
-def corpus(pool: Pool, records: Sequence[Record], tokenizer: Tokenizer, cmvn: npt.NDArray[np.float32], stride: int) -> Corpus:
+def corpus(pool: Pool, tokenizer: Tokenizer, cmvn: npt.NDArray[np.float32], stride: int) -> Corpus:
     """Tokenize; records whose text has more tokens than frames are of no use to a transducer's alignment and are left out."""
     examples = []
-    for record in records:
-        ids = list(tokenizer.encode(record.text))
+    for record in pool.records:
+        ids = tokenizer.encode(record.text) if record.text else []
         frames = record.frames // stride
         if len(ids) < frames:
             examples.append((record, ids, frames))
@@ -52,7 +60,9 @@ def spec_augment(mel: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.
     return out
 
 
-def make_batch(data: Corpus, picked: Sequence[int], config: EncoderConfig, rng: np.random.Generator | None) -> Batch:
+def make_batch(
+    data: Corpus, picked: Sequence[int], config: EncoderConfig, rng: np.random.Generator | None
+) -> Batch:
     """Stack examples; with a generator they are SpecAugmented."""
     mels, targets, frames = [], [], []
     for index in picked:
@@ -61,7 +71,8 @@ def make_batch(data: Corpus, picked: Sequence[int], config: EncoderConfig, rng: 
         mels.append(mel if rng is None else spec_augment(mel, rng))
         targets.append(ids)
         frames.append(count)
-    longest, tokens = max(frames), max(1, max(len(ids) for ids in targets))
+    longest = rounded(max(frames))
+    tokens = -(-max(1, max(len(ids) for ids in targets)) // 4) * 4
     features = np.zeros((len(mels), longest * config.stride, config.mel_bins), np.float32)
     padded = np.zeros((len(mels), tokens), np.int64)
     for row, (mel, ids) in enumerate(zip(mels, targets, strict=True)):
@@ -77,17 +88,21 @@ def make_batch(data: Corpus, picked: Sequence[int], config: EncoderConfig, rng: 
 
 
 def epochs(data: Corpus, budget: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Endless index lists of similar length, each at most `budget` encoder frames with padding."""
-    lengths = np.array([frames for _, _, frames in data.examples])
+    """Endless index lists of similar length, each about `budget` encoder frames with padding.
+
+    Batches come in few shapes, since matrix kernels are compiled anew for each: lengths are rounded up to `BUCKET` frames and
+    every batch of a bucket has the same number of utterances (the last one is filled up from its bucket at random).
+    """
+    buckets: dict[int, list[int]] = {}
+    for index, (_, _, frames) in enumerate(data.examples):
+        buckets.setdefault(rounded(frames), []).append(index)
     while True:
-        order = np.argsort(lengths + rng.uniform(0, 8, len(lengths)), kind="stable")
         lists: list[list[int]] = []
-        current: list[int] = []
-        for index in order:
-            if current and (len(current) + 1) * max(int(lengths[index]), int(lengths[current].max())) > budget:
-                lists.append(current)
-                current = []
-            current.append(int(index))
-        lists.append(current)
+        for length, members in sorted(buckets.items()):
+            size = max(1, budget // length)
+            order = [members[int(at)] for at in rng.permutation(len(members))]
+            missing = -len(order) % size
+            order += [members[int(at)] for at in rng.integers(0, len(members), missing)]
+            lists += [order[start : start + size] for start in range(0, len(order), size)]
         for at in rng.permutation(len(lists)):
             yield lists[int(at)]

@@ -1,8 +1,9 @@
 """Train ANCAT or one of its baselines on a prepared pool (see README.md for the whole recipe; ours).
 
-    python models/ancat-commands-en/recipe/train.py --pool DIR --out DIR --mixed --steps 3000          # common start
-    python models/ancat-commands-en/recipe/train.py --pool DIR --out DIR --init CKPT --rule adaptive   # ANCAT
-    python models/ancat-commands-en/recipe/train.py --pool DIR --out DIR --init CKPT --rule chunked --right 7
+    train.py --pool POOL --dev POOL... --cmvn FILE --tokenizer FILE --out DIR --draw wide --sets digits ... --plain
+    train.py ... --out DIR --init CKPT --draw mixed                                                  # common start
+    train.py ... --out DIR --init CKPT --rule adaptive --algorithmic 0.02                            # ANCAT
+    train.py ... --out DIR --init CKPT --rule chunked --right 7                                      # a baseline
 
 The common start meets every rule (a rule is drawn for each step), so ANCAT and the baselines begin alike and are then
 trained alike, with the same data, seed and number of steps; only the rule that opens arcs differs.
@@ -28,7 +29,11 @@ from realtide.engines.ancat.offline import encode, hard_arcs
 from realtide.engines.ancat.tokenizer import Tokenizer
 from realtide.engines.ancat.training import ArcSampler, Schedule, average, losses
 
-MIXED = {"adaptive": 0.45, "causal": 0.1, "layerwise": 0.15, "chunked": 0.3}
+RULES = {
+    "own": {},
+    "wide": {"layerwise": 0.5, "chunked": 0.5},
+    "mixed": {"adaptive": 0.45, "causal": 0.1, "layerwise": 0.15, "chunked": 0.3},
+}  # chances with which a step draws its rule
 
 
 def greedy(model: Transducer, encoded: Tensor, frames: Tensor, per_frame: int = 3) -> list[list[int]]:
@@ -61,10 +66,12 @@ def distance(a: list[str], b: list[str]) -> int:
 
 
 @torch.no_grad()
-def evaluate(model: Transducer, data: Corpus, tokenizer: Tokenizer, config: EncoderConfig, bias: float) -> dict[str, float]:
-    """Word error rate in percent per set and in all, and the mean arc weight, with hard arcs at `bias`."""
+def evaluate(
+    model: Transducer, data: Corpus, tokenizer: Tokenizer, config: EncoderConfig, bias: float
+) -> dict[str, float]:
+    """Word error rate in percent and the mean arc weight, with hard arcs at `bias`."""
     model.eval()
-    errors: dict[str, list[int]] = {}
+    wrong = count = 0
     weight = []
     order = sorted(range(len(data.examples)), key=lambda i: data.examples[i][2])
     for start in range(0, len(order), 24):
@@ -75,14 +82,10 @@ def evaluate(model: Transducer, data: Corpus, tokenizer: Tokenizer, config: Enco
         for index, ids in zip(picked, greedy(model, out.rows, batch.frames), strict=True):
             record = data.examples[index][0]
             words, text = record.text.split(), tokenizer.decode(ids).split()
-            for key in (record.set, "all"):
-                entry = errors.setdefault(key, [0, 0])
-                entry[0] += distance(words, text)
-                entry[1] += len(words)
+            wrong += distance(words, text)
+            count += len(words)
     model.train()
-    return {key: round(100 * wrong / max(1, count), 2) for key, (wrong, count) in sorted(errors.items())} | {
-        "arcs": round(float(np.mean(weight)), 3)
-    }
+    return {"wer": round(100 * wrong / max(1, count), 2), "arcs": round(float(np.mean(weight)), 3)}
 
 
 def start_from(model: Transducer, path: Path) -> None:
@@ -100,7 +103,9 @@ def start_from(model: Transducer, path: Path) -> None:
         if name.endswith("relative") or ".scheduler.out." in name:
             value = value[tuple(slice(0, n) for n in target.shape)]
         if value.shape != target.shape:
-            raise ValueError(f"{path}: weight {name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}")
+            raise ValueError(
+                f"{path}: weight {name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}"
+            )
         kept[name] = value
     model.load_state_dict(kept)
 
@@ -108,17 +113,29 @@ def start_from(model: Transducer, path: Path) -> None:
 def main() -> None:
     """Command line."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--pool", type=Path, required=True, help="folder with train/, dev/, cmvn.npy and tokenizer.model")
+    parse.add_argument("--pool", type=Path, required=True, help="training pool")
+    parse.add_argument("--dev", type=Path, nargs="+", required=True, help="pools to look at while training")
+    parse.add_argument("--cmvn", type=Path, required=True, help="mean and standard deviation of the features")
+    parse.add_argument("--tokenizer", type=Path, required=True)
     parse.add_argument("--out", type=Path, required=True)
     parse.add_argument("--init", type=Path, help="checkpoint of the common start")
     parse.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
-    parse.add_argument("--mixed", action="store_true", help="draw the rule anew for each step")
+    parse.add_argument(
+        "--draw", default="own", choices=list(RULES), help="how each step draws its rule; own: --rule"
+    )
+    parse.add_argument("--sets", nargs="*", help="train on these sets of the pool only")
+    parse.add_argument(
+        "--longest", type=int, default=1 << 30, help="leave out utterances with more encoder frames"
+    )
+    parse.add_argument("--plain", action="store_true", help="no SpecAugment and no dropout")
     parse.add_argument("--rule", default="adaptive", choices=["adaptive", "causal", "layerwise", "chunked"])
     parse.add_argument("--right", type=int, default=4)
     parse.add_argument("--steps", type=int, default=3000)
     parse.add_argument("--lr", type=float, default=2e-3)
     parse.add_argument("--warmup", type=int, default=300)
-    parse.add_argument("--frames", type=int, default=2400, help="encoder frames (40 ms) a batch, padding included")
+    parse.add_argument(
+        "--frames", type=int, default=2400, help="encoder frames (40 ms) a batch, padding included"
+    )
     parse.add_argument("--naive", type=float, default=0.0)
     parse.add_argument("--algorithmic", type=float, default=0.0)
     parse.add_argument("--compute", type=float, default=0.0)
@@ -134,17 +151,24 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    tokenizer = Tokenizer(args.pool / "tokenizer.model")
-    right = 15 if args.mixed else 0 if args.rule == "causal" else args.right
-    config = EncoderConfig(rule="adaptive" if args.mixed else args.rule, right=right, vocab=tokenizer.vocab)
-    cmvn = np.load(args.pool / "cmvn.npy")
-    train_pool, dev_pool = load_pool(args.pool / "train"), load_pool(args.pool / "dev")
-    train = corpus(train_pool, train_pool.records, tokenizer, cmvn, config.stride)
-    dev = corpus(dev_pool, dev_pool.records, tokenizer, cmvn, config.stride)
+    tokenizer = Tokenizer(args.tokenizer)
+    common = args.draw != "own"
+    right = 15 if common else 0 if args.rule == "causal" else args.right
+    config = EncoderConfig(rule="adaptive" if common else args.rule, right=right, vocab=tokenizer.vocabulary)
+    cmvn = np.load(args.cmvn)
+    train, *devs = (
+        corpus(load_pool(path), tokenizer, cmvn, config.stride) for path in (args.pool, *args.dev)
+    )
     schedule = Schedule(
         steps=args.steps, peak_lr=args.lr, warmup=args.warmup, naive=args.naive, algorithmic=args.algorithmic,
-        compute=args.compute, fastemit=args.fastemit, hard_from=args.hard_from, mixed=MIXED if args.mixed else {},
+        compute=args.compute, fastemit=args.fastemit, hard_from=args.hard_from, mixed=RULES[args.draw],
+        dropout=0.0 if args.plain else 0.1,
     )  # fmt: skip
+    train.examples = [
+        (record, ids, frames)
+        for record, ids, frames in train.examples
+        if frames <= args.longest and (not args.sets or record.set in args.sets)
+    ]
     model = Transducer(config)
     if args.init:
         start_from(model, args.init)
@@ -169,7 +193,12 @@ def main() -> None:
         log.flush()
 
     def save(step: int) -> None:
-        state = {"weights": shadow, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        state = {
+            "weights": shadow,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+        }
         torch.save(state | {"config": config.to_dict()}, args.out / "last.tmp")
         (args.out / "last.tmp").rename(args.out / "last.pt")
 
@@ -177,13 +206,21 @@ def main() -> None:
         twin = Transducer(config)
         twin.load_state_dict(shadow)
         for bias in (-3.0, 0.0, 3.0) if config.rule == "adaptive" else (0.0,):
-            report({"step": step, "dev": evaluate(twin, dev, tokenizer, config, bias), "bias": bias})
+            for path, dev in zip(args.dev, devs, strict=True):
+                report(
+                    {
+                        "step": step,
+                        "dev": path.name,
+                        "bias": bias,
+                        **evaluate(twin, dev, tokenizer, config, bias),
+                    }
+                )
 
     names = list(schedule.mixed) or [config.rule]
     chances = np.array([schedule.mixed.get(name, 1.0) for name in names])
     began, sums, seen = time.monotonic(), dict[str, float](), 0
     for step, picked in zip(range(first, args.steps), epochs(train, args.frames, rng), strict=False):
-        batch = make_batch(train, picked, config, rng)
+        batch = make_batch(train, picked, config, None if args.plain else rng)
         rule = str(rng.choice(names, p=chances / chances.sum()))
         sampler = ArcSampler(config, schedule, step / args.steps, rule, generator, len(picked))
         for group in optimizer.param_groups:
@@ -198,7 +235,7 @@ def main() -> None:
         optimizer.step()
         average(shadow, model, min(0.998, (1 + step - first) / (10 + step - first)))
         for name, value in parts.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
         seen += 1
         if (step + 1) % 50 == 0:
             means = {name: round(total / seen, 4) for name, total in sums.items()}
@@ -209,7 +246,9 @@ def main() -> None:
         if (step + 1) % args.evaluate_every == 0:
             look(step + 1)
     save(args.steps)
-    (args.out / "run.json").write_text(json.dumps({"config": config.to_dict(), "arguments": {k: str(v) for k, v in vars(args).items()}}))
+    (args.out / "run.json").write_text(
+        json.dumps({"config": config.to_dict(), "arguments": {k: str(v) for k, v in vars(args).items()}})
+    )
     torch.save({"weights": shadow, "config": replace(config).to_dict()}, args.out / "final.pt")
 
 

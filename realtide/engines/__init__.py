@@ -1,0 +1,1 @@
+"""Engines: model logic on slots, without transport."""

@@ -1,0 +1,307 @@
+"""The speech engine: slots of streams advanced together through front end, encoder and decoder (ours).
+
+A step takes what is complete of each session (at most `step_frames` encoder frames), runs the encoder on all of it in one
+call, again for streams whose burst did not fit, and hands the resolved rows to the decoder. Needs no PyTorch: programs come
+from ONNX graphs; `torch_programs` gives the same engine over the PyTorch modules.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realtide.bundle import Bundle, BundleError, load_bundle
+from realtide.engines.ancat.config import EncoderConfig, state_shapes
+from realtide.engines.ancat.decoder import MAX_BEAM, Decoder
+from realtide.engines.ancat.frontend import Float32, Frontend, FrontendConfig
+from realtide.engines.ancat.search import Int64
+from realtide.engines.ancat.session import SpeechSession, Work, unpack
+from realtide.engines.ancat.tokenizer import Tokenizer
+from realtide.engines.ancat.types import SpeechEvent, SpeechOptions
+from realtide.engines.ancat.utterance import DecoderConfig
+from realtide.engines.ancat.words import WordTiming
+from realtide.engines.engine import CheckpointMismatch, StageTimer
+from realtide.engines.runtime.ort import OrtOptions, OrtProgram
+from realtide.engines.runtime.program import Array, Program
+from realtide.engines.runtime.slots import SlotPool, SlotState
+from realtide.engines.runtime.weights import WeightFile
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechModelInfo:
+    """What is known of the loaded model; see `realtide.server.models.SpeechInfo`."""
+
+    version: str
+    backend: str
+    precision: str
+    device: str
+    license: str
+    language_codes: tuple[str, ...]
+    sample_rate: int
+    sample_rate_range: tuple[int, int]
+    frame_seconds: float
+    front_end_lookahead_ms: float
+    max_lookahead_ms: float
+    max_beam: int
+    lookahead_bias_range: tuple[float, float]
+    max_boost: float
+    max_utterance_ms: int
+    characters: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The parts of a loaded bundle that sessions share."""
+
+    name: str
+    info: SpeechModelInfo
+    config: EncoderConfig
+    step_frames: int
+    frontend: FrontendConfig
+    mean: Float32
+    std: Float32
+    decoder: Decoder
+
+
+class AncatEngine:
+    """See `engine.Engine`; sessions take the inputs and give the events of `types`."""
+
+    def __init__(
+        self,
+        model: Model,
+        encoder: Program,
+        state: Mapping[str, Array],
+        *,
+        slots: int,
+        max_batch: int,
+        step_latency: float,
+    ) -> None:
+        self._model = model
+        self._encoder = encoder
+        self._pool = SlotPool(slots)
+        shapes = state_shapes(model.config, model.step_frames)
+        self._rows = SlotState(state, {name: rows for name, (rows, _, _) in shapes.items()}, slots)
+        self._max_batch = max_batch
+        self._step_latency = step_latency
+        self._adaptive = {spec.name for spec in encoder.inputs}
+
+    @property
+    def name(self) -> str:
+        """Engine name as used in metric labels."""
+        return "ancat"
+
+    @property
+    def model(self) -> str:
+        """Name of the loaded bundle."""
+        return self._model.name
+
+    @property
+    def info(self) -> SpeechModelInfo:
+        """Limits and facts of the model."""
+        return self._model.info
+
+    @property
+    def slots(self) -> int:
+        """Sessions that can be open at once."""
+        return self._pool.slots
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that no session holds."""
+        return self._pool.free_slots
+
+    @property
+    def max_batch(self) -> int:
+        """Most sessions in one step."""
+        return self._max_batch
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all slots' state; pages of slots that were never used are not committed."""
+        return self._rows.nbytes
+
+    def open(self, options: SpeechOptions) -> SpeechSession:
+        """Take a slot. Raises SlotsExhausted; ValueError for options that this model cannot serve."""
+        model = self._model
+        decode = model.decoder.new_state(options)
+        frontend = Frontend(options.sample_rate, model.frontend, mean=model.mean, std=model.std)
+        lease = self._pool.take()
+        self._rows.zero(lease.slot)
+        return self._session(lease, frontend, decode)
+
+    def restore(self, checkpoint: bytes, options: SpeechOptions | None = None) -> SpeechSession:
+        """Take a slot and continue an exported session, bit for bit.
+
+        `options` replaces those in the checkpoint from the next frame on. Raises SlotsExhausted, CheckpointMismatch.
+        """
+        model = self._model
+        plain, front, rows, decode = unpack(checkpoint)
+        try:
+            frontend = Frontend.restore(front, model.frontend, mean=model.mean, std=model.std)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointMismatch(f"front end state does not fit this model: {error}") from None
+        kept = None if options is None else replace(options, sample_rate=frontend.sample_rate)
+        state = model.decoder.restore(decode, kept)
+        lease = self._pool.take()
+        try:
+            self._rows.load(lease.slot, rows)
+            session = self._session(lease, frontend, state)
+            session.resume_at(plain)
+        except (KeyError, TypeError, ValueError) as error:
+            lease.free()
+            raise CheckpointMismatch(f"checkpoint does not fit this model: {error}") from None
+        except BaseException:
+            lease.free()
+            raise
+        return session
+
+    def _session(self, lease: Any, frontend: Frontend, decode: Any) -> SpeechSession:
+        frame_ms = round(1000 * self._model.info.frame_seconds)
+        return SpeechSession(
+            lease, self._rows, frontend, decode, self._model.decoder, frame_ms, self._step_latency
+        )
+
+    def batch_key(self, session: SpeechSession) -> Hashable:
+        """All sessions of a model can share a step."""
+        return None
+
+    def step(self, sessions: Sequence[SpeechSession], on_stage: StageTimer) -> list[list[SpeechEvent]]:
+        """Advance sessions by what is complete; see `engine.Engine.step`."""
+        begun = time.perf_counter()
+        works = [session.take(self._model.step_frames) for session in sessions]
+        features_done = time.perf_counter()
+        on_stage("features", features_done - begun, len(sessions))
+        encoded, available, counts = self._encode(sessions, works)
+        encoder_done = time.perf_counter()
+        on_stage("encoder", encoder_done - features_done, len(sessions))
+        endings = [work.ending for work in works]
+        events = self._model.decoder.advance(
+            [s.decode for s in sessions], encoded, available, counts, final=endings
+        )
+        for session, work, found in zip(sessions, works, events, strict=True):
+            found.extend(session.ended(work))
+        on_stage("decoder", time.perf_counter() - encoder_done, len(sessions))
+        return events
+
+    def _encode(
+        self, sessions: Sequence[SpeechSession], works: Sequence[Work]
+    ) -> tuple[Float32, Int64, list[int]]:
+        """Encoder rows [M, J] and their availability [M], session by session, and the number of rows of each."""
+        active = list(range(len(sessions)))
+        windows = np.concatenate([work.windows for work in works])
+        stream = np.repeat(np.arange(len(works)), [work.frames for work in works])
+        position = np.concatenate([np.arange(work.first, work.first + work.frames) for work in works])
+        parts: list[tuple[Float32, Int64, Int64]] = []
+        while active:
+            chosen = [sessions[i] for i in active]
+            feeds: dict[str, Array] = {
+                "windows": windows,
+                "stream": stream.astype(np.int64, copy=False),
+                "position": position.astype(np.int64, copy=False),
+                "slots": np.array([session.slot for session in chosen], np.int64),
+                "arrived": np.array([works[i].first + works[i].frames for i in active], np.int64),
+                "bias": np.array([session.options.lookahead_bias for session in chosen], np.float32),
+                "cap": np.array([session.cap for session in chosen], np.int64),
+                "final": np.array([works[i].ending is not None for i in active], np.int64),
+            }
+            out = self._encoder.run({name: feeds[name] for name in self._adaptive})
+            owner = np.array(active, np.int64)[out["stream_out"]]
+            parts.append((out["encoded"], out["available"], owner))
+            active = [i for i, more in zip(active, out["more"].tolist(), strict=True) if more]
+            windows, stream, position = windows[:0], stream[:0], position[:0]
+        encoded, available, owner = parts[0]
+        if len(parts) > 1:
+            encoded, available, owner = (np.concatenate(column) for column in zip(*parts, strict=True))
+            order = np.argsort(owner, kind="stable")
+            encoded, available, owner = encoded[order], available[order], owner[order]
+        return encoded, available, np.bincount(owner, minlength=len(sessions)).tolist()
+
+
+def load(
+    bundle: Bundle | Path | str,
+    *,
+    slots: int,
+    max_batch: int,
+    precision: str | None = None,
+    threads: int = 1,
+    step_latency: float = 0.05,
+    backend: str = "onnxruntime",
+) -> AncatEngine:
+    """Load a bundle into an engine.
+
+    Args:
+        bundle: the bundle or its directory.
+        slots: sessions that can be open at once.
+        max_batch: most sessions in one step.
+        precision: ``fp32`` or ``int8``; None: the bundle's default.
+        threads: threads of one program.
+        step_latency: seconds within which a complete frame should have been worked on (the executor's deadlines).
+        backend: ``onnxruntime``, or ``torch`` where PyTorch is installed.
+
+    Raises:
+        BundleError, ProgramError: the bundle is not usable; the message names the file or the field.
+    """
+    loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    wanted = loaded.precision(None if precision is None else PRECISIONS.get(precision, precision))
+    architecture = loaded.manifest.architecture
+    try:
+        config = EncoderConfig.from_dict(architecture["encoder"])
+        step_frames = int(architecture["step_frames"])
+        front = FrontendConfig(**architecture["frontend"])
+        timing = WordTiming(frame_ms=front.subsampling * front.shift_ms, **architecture["word_times"])
+        limits = dict(loaded.manifest.limits)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{loaded.directory}: architecture: {error}") from None
+    shapes = state_shapes(config, step_frames)
+    state: dict[str, Array] = {
+        name: np.zeros((slots * rows, *shape), dtype) for name, (rows, shape, dtype) in shapes.items()
+    }
+    weights = WeightFile(loaded.weights)
+    if backend == "torch":
+        from realtide.engines.ancat.torch_programs import programs
+
+        encoder, joiner = programs(config, step_frames, weights, state, threads)
+    else:
+        options = OrtOptions(intra_op_num_threads=threads)
+        encoder = OrtProgram(loaded.graph("encoder", wanted), weights, state, options)
+        joiner = OrtProgram(loaded.graph("joiner", wanted), weights, {}, options)
+    tokenizer = Tokenizer(loaded.asset("tokenizer"))
+    maximum = int(limits.get("max_utterance_ms", 60_000))
+    decoder = Decoder(
+        lambda enc, contexts: joiner.run({"encoded": enc, "contexts": contexts})["log_probs"],
+        tokenizer,
+        DecoderConfig(timing=timing, hard_max_utterance_ms=maximum),
+    )
+    frame_ms = front.subsampling * front.shift_ms
+    short = {long: name for name, long in PRECISIONS.items()}
+    info = SpeechModelInfo(
+        version=loaded.manifest.version,
+        backend=backend,
+        precision=short[wanted],
+        device="cpu",
+        license=loaded.manifest.licence,
+        language_codes=tuple(limits.get("language_codes", ("en-US",))),
+        sample_rate=front.sample_rate,
+        sample_rate_range=(8000, 48000),
+        frame_seconds=frame_ms / 1000,
+        front_end_lookahead_ms=front.frame_ms - front.shift_ms,
+        max_lookahead_ms=config.layers * config.right * frame_ms,
+        max_beam=MAX_BEAM,
+        lookahead_bias_range=(
+            -float(limits.get("lookahead_bias", 6.0)),
+            float(limits.get("lookahead_bias", 6.0)),
+        ),
+        max_boost=float(limits.get("max_boost", 10.0)),
+        max_utterance_ms=maximum,
+        characters=frozenset(limits.get("characters", "abcdefghijklmnopqrstuvwxyz'")),
+    )
+    mean, std = (np.asarray(weights[f"features.{name}"], np.float32) for name in ("mean", "std"))
+    model = Model(loaded.manifest.name, info, config, step_frames, front, mean, std, decoder)
+    return AncatEngine(model, encoder, state, slots=slots, max_batch=max_batch, step_latency=step_latency)

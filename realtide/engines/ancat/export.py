@@ -1,0 +1,173 @@
+"""Writes a speech bundle: weights, ONNX graphs (float32 and int8), tokenizer and manifest (ours; extra ``export``)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from realtide.bundle import Manifest, write_manifest
+from realtide.engines.ancat.config import NO_CAP, EncoderConfig, state_shapes, threshold
+from realtide.engines.ancat.frontend import Float32, FrontendConfig
+from realtide.engines.ancat.model import JoinerProgram, Transducer
+from realtide.engines.ancat.stream import StreamStep
+from realtide.engines.ancat.torch_programs import OUTPUTS, build
+from realtide.engines.runtime.export import export_program
+from realtide.engines.runtime.program import Array
+from realtide.engines.runtime.weights import WeightFile
+
+WEIGHTS = "weights.safetensors"
+OPSET = 20
+
+
+def example(
+    config: EncoderConfig, frames: list[int], done: list[int], *, final: bool, seed: int
+) -> dict[str, torch.Tensor]:
+    """One call's inputs: `frames[b]` new frames for stream b, which has had `done[b]` before; slots are b + 1."""
+    generator = torch.Generator().manual_seed(seed)
+    streams = len(frames)
+    stream = torch.repeat_interleave(torch.arange(streams), torch.tensor(frames))
+    position = torch.cat([torch.arange(d, d + n) for d, n in zip(done, frames, strict=True)])
+    biases = [-2.0, 0.0, 3.0, 6.0]
+    return {
+        "windows": torch.randn(sum(frames), config.window, config.mel_bins, generator=generator),
+        "stream": stream,
+        "position": position,
+        "slots": torch.arange(1, streams + 1),
+        "arrived": torch.tensor(done) + torch.tensor(frames),
+        "least": torch.tensor([threshold(biases[b % 4]) for b in range(streams)]),
+        "cap": torch.tensor([NO_CAP if b % 2 else 6 for b in range(streams)]),
+        "final": torch.full((streams,), int(final)),
+    }
+
+
+def export_encoder(model: Transducer, step_frames: int, path: Path) -> None:
+    """Export the streaming step; it is compared with the module over a short conversation of calls before it is written."""
+    config = model.config
+    slots = 4
+    state = {
+        name: torch.zeros(slots * rows, *shape, dtype=getattr(torch, dtype))
+        for name, (rows, shape, dtype) in state_shapes(config, step_frames).items()
+    }
+    calls = [
+        example(config, [3, 2, step_frames], [0, 0, 0], final=False, seed=1),
+        example(config, [1, step_frames], [3, 2], final=False, seed=2),
+        example(config, [0, 0, 0], [4, 2 + step_frames, step_frames], final=False, seed=3),
+        example(config, [5], [4], final=False, seed=4),
+        example(config, [2, 1, 4], [9, 2 + step_frames, step_frames], final=True, seed=5),
+    ]
+    inputs = list(calls[0])
+    if config.rule == "causal":
+        inputs = [name for name in inputs if name not in ("least", "cap", "final")]
+    dynamic = {name: {0: "frames"} for name in ("windows", "stream", "position")}
+    dynamic |= {
+        name: {0: "streams"} for name in ("slots", "arrived", "least", "cap", "final") if name in inputs
+    }
+    dynamic |= {name: {0: "counted" if name in ("counts", "newest") else "rows"} for name in state}
+    module: torch.nn.Module = StreamStep(model.encoder, step_frames)
+    if config.rule == "causal":
+        module = _Causal(StreamStep(model.encoder, step_frames))
+    outputs = OUTPUTS
+    examples = [{name: call[name] for name in inputs} for call in calls]
+    export_program(module, examples, state, outputs, path, dynamic=dynamic, opset=OPSET, rename=_bundle_name)
+
+
+class _Causal(torch.nn.Module):
+    """The step of a causal encoder, whose graph has no dial."""
+
+    def __init__(self, step: StreamStep) -> None:
+        super().__init__()
+        self.encoder = step.encoder
+        self._step = (step,)  # not a submodule: its weights are listed once
+
+    def forward(
+        self, windows: torch.Tensor, stream: torch.Tensor, position: torch.Tensor, slots: torch.Tensor,
+        arrived: torch.Tensor, *state: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        """See `StreamStep.forward`."""
+        none = torch.zeros_like(slots)
+        return self._step[0](windows, stream, position, slots, arrived, none.float(), none, none, *state)
+
+
+def _bundle_name(name: str) -> str:
+    return name
+
+
+def export_joiner(model: Transducer, path: Path) -> None:
+    """Export predictor and joiner."""
+    config = model.config
+    examples = [
+        {"encoded": torch.randn(n, config.joiner_dim), "contexts": torch.randint(0, config.vocab, (n, 2))}
+        for n in (3, 1, 7, 0)
+    ]
+    dynamic = {"encoded": {0: "rows"}, "contexts": {0: "rows"}}
+    export_program(JoinerProgram(model), examples, {}, ["log_probs"], path, dynamic=dynamic, opset=OPSET)
+
+
+def write_bundle(
+    directory: Path,
+    config: EncoderConfig,
+    weights: Mapping[str, Array],
+    mean: Float32,
+    std: Float32,
+    tokenizer: Path,
+    manifest: Mapping[str, Any],
+    *,
+    step_frames: int = 8,
+    frontend: FrontendConfig | None = None,
+    word_times: Mapping[str, float] | None = None,
+) -> Manifest:
+    """Write everything a server needs into `directory`.
+
+    Args:
+        directory: the bundle; created. Other files in it stay.
+        config: the architecture.
+        weights: a `Transducer`'s state_dict as arrays; stored in half precision (the auxiliary CTC head is left out).
+        mean: of the log-mel features [mel_bins].
+        std: their standard deviation [mel_bins].
+        tokenizer: SentencePiece model.
+        manifest: name, version, description, licence, limits, scores, provenance.
+        step_frames: most new frames of one stream in one call.
+        frontend: features; None: the defaults.
+        word_times: calibrated offsets of word starts and ends, milliseconds.
+
+    Raises:
+        ProgramError, BundleError: a graph does not agree with its module, or the manifest is incomplete.
+    """
+    front = frontend or FrontendConfig()
+    (directory / "onnx").mkdir(parents=True, exist_ok=True)
+    stored = {
+        name: np.asarray(value, np.float16) for name, value in weights.items() if not name.startswith("ctc.")
+    }
+    stored |= {"features.mean": np.asarray(mean, np.float32), "features.std": np.asarray(std, np.float32)}  # type: ignore[dict-item]
+    save_file(stored, directory / WEIGHTS)
+    model = build(config, WeightFile(directory / WEIGHTS))
+    export_encoder(model, step_frames, directory / "onnx" / "encoder.onnx")
+    export_joiner(model, directory / "onnx" / "joiner.onnx")
+    shutil.copyfile(tokenizer, directory / "tokenizer.model")
+    architecture = {
+        "encoder": config.to_dict(),
+        "step_frames": step_frames,
+        "frontend": {name: getattr(front, name) for name in front.__dataclass_fields__},
+        "word_times": dict(word_times or {}),
+    }
+    return write_manifest(
+        directory,
+        {
+            "engine": "ancat",
+            "architecture": architecture,
+            "precisions": ["float32"],
+            "weights": WEIGHTS,
+            "programs": {
+                "encoder": {"float32": "onnx/encoder.onnx"},
+                "joiner": {"float32": "onnx/joiner.onnx"},
+            },
+            "assets": {"tokenizer": "tokenizer.model"},
+            **manifest,
+        },
+    )

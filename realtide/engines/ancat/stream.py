@@ -1,0 +1,338 @@
+"""One streaming step of the encoder for many streams at once: the graph that serves ANCAT (ours).
+
+Every layer is a queue of nodes in frame order. A frame that arrives at a layer at once gets its keys, values and lookahead
+depth; it leaves as soon as the frames it attends to exist, never earlier and never later. So a call may resolve none or many
+nodes of a stream in any layer. All linear work runs on *packed* rows (only real nodes, of all streams together); only
+attention is padded, to Q = `step_frames` lanes a stream. A stream without news costs nothing.
+
+A call resolves at most Q nodes of a stream in a layer. Where a burst leaves more, `more` is set for the stream and the caller
+calls again at once with no new frames; layers above know of the backlog and do not mistake it for missing future.
+
+State per layer, in row rings of W rows a slot, addressed ``slot * W + position % W``, so that nothing ever moves and one
+index serves all rings of a layer and the next layer's too:
+
+    key, value [dim]       of inputs
+    residual [dim]         inputs that wait
+    depth, available []    of those
+    conv [dim]             gated inputs of the depthwise kernel
+
+and ``counts`` [slots, layers], nodes resolved so far, ``newest`` [slots, layers], the availability of the last of them.
+*Availability* of a node is the index of the newest encoder input frame that had to exist for it; minus the node's own index
+it is the algorithmic latency (design/ancat.md, with the past included in the maximum because a node needs its left context
+too). With a cap of K frames a node i stops waiting once input frame i + K has been seen, so the latency of every output is at
+most K whatever the schedulers ask for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from realtide.engines.ancat.config import EncoderConfig, state_shapes
+from realtide.engines.ancat.model import Block, Encoder
+from realtide.engines.ancat.offline import hard_depth
+
+ABSENT = 1 << 50  # availability of a frame that does not exist yet: later than any deadline
+
+
+def write_rows(ring: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Write rows [n, ...] at index [n]. Exported as ScatterND, which runtimes do in place when input and output share memory."""
+    if torch.compiler.is_exporting():
+        out: Tensor = torch.ops.aten.index_put(ring, [index], rows)
+        return out
+    return ring.index_copy_(0, index, rows)
+
+
+@dataclass(slots=True)
+class Nodes:
+    """Packed nodes between layers: x [N, dim], ring row `index` [N], `stream` [N] (0..B-1), `position` [N], `available` [N]."""
+
+    x: Tensor
+    index: Tensor
+    stream: Tensor
+    position: Tensor
+    available: Tensor
+
+
+@dataclass(slots=True)
+class Streams:
+    """What a layer needs to know of the B streams, each [B, 1]."""
+
+    base: Tensor  # first ring row
+    seen: Tensor  # newest input frame
+    least: Tensor  # least keep score of an open arc
+    cap: Tensor
+    open: Tensor  # bool, more frames may come
+    arrived: Tensor  # inputs of the next layer so far
+    more: Tensor  # bool, an earlier layer has nodes that are ready but did not fit into this call
+    lanes: Tensor  # [B * Q], the stream of every lane
+
+
+class StreamStep(nn.Module):
+    """The encoder's step. `step_frames` bounds the new frames of one stream in one call."""
+
+    def __init__(self, encoder: Encoder, step_frames: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = encoder.config
+        self.step_frames = step_frames
+        self.rows = self.config.ring(step_frames)
+        self.names = tuple(state_shapes(self.config, step_frames))
+
+    def forward(
+        self,
+        windows: Tensor,
+        stream: Tensor,
+        position: Tensor,
+        slots: Tensor,
+        arrived: Tensor,
+        least: Tensor,
+        cap: Tensor,
+        final: Tensor,
+        *state: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Advance B streams by N new frames in all.
+
+        windows [N, 7, mel] float32, normalised; stream [N], each frame's stream 0..B-1, ascending; position [N], its frame
+        index; slots [B]; arrived [B], frames of each stream including these; least [B] float32, `config.threshold` of the
+        bias; cap [B], frames; final [B], 1 to resolve all that waits. Integers are int64. `state` as named by `state_shapes`.
+        The causal rule needs none of least, cap and final and leaves them out of its graph.
+
+        Returns encoded [M, J], its stream [M], position [M] and availability [M], `more` [B] int64, then the next state.
+        """
+        states = dict(zip(self.names, state, strict=True))
+        counts = states["counts"].index_select(0, slots).split(1, 1)
+        newest = states["newest"].index_select(0, slots).split(1, 1)
+        base, inputs = (slots * self.rows).unsqueeze(1), arrived.unsqueeze(1)
+        index = (slots * self.rows).index_select(0, stream) + position % self.rows
+        nodes = Nodes(self.encoder.subsample(windows), index, stream, position, position)
+        lanes = (
+            torch.arange(slots.shape[0], device=slots.device)
+            .unsqueeze(1)
+            .expand(-1, self.step_frames)
+            .flatten()
+        )
+        none = (inputs < 0) & (inputs > 0)
+        streams = Streams(
+            base,
+            inputs - 1,
+            least.unsqueeze(1),
+            cap.unsqueeze(1),
+            final.unsqueeze(1) == 0,
+            inputs,
+            none,
+            lanes,
+        )
+        resolved, latest = [], []
+        run = LayerStep(self.config, self.step_frames)
+        step = run.causal if self.config.rule == "causal" else run.adaptive
+        for layer, module in enumerate(self.encoder.blocks):
+            block: Block = module  # type: ignore[assignment]
+            nodes, last = step(block, layer, states, nodes, streams, counts[layer], newest[layer])
+            resolved.append(streams.arrived)
+            latest.append(last)
+        states["counts"] = write_rows(states["counts"], slots, torch.cat(resolved, 1))
+        states["newest"] = write_rows(states["newest"], slots, torch.cat(latest, 1))
+        more = streams.more.squeeze(1).to(torch.int64)
+        encoded = self.encoder.project(nodes.x)
+        # Every output is a tensor of its own: an input may not be handed back as an output.
+        stream, position, available = (value + 0 for value in (nodes.stream, nodes.position, nodes.available))
+        return (encoded, stream, position, available, more, *(states[name] for name in self.names))
+
+
+class LayerStep:
+    """One layer's part of a call; takes its rings out of `states` and puts the updated ones back."""
+
+    def __init__(self, config: EncoderConfig, step_frames: int) -> None:
+        self.config = config
+        self.lanes = step_frames
+        self.rows = config.ring(step_frames)
+        self.past = self.rows - config.waiting(step_frames)  # ring rows before the oldest node that waits
+
+    def adaptive(
+        self,
+        block: Block,
+        layer: int,
+        states: dict[str, Tensor],
+        nodes: Nodes,
+        streams: Streams,
+        done: Tensor,
+        last: Tensor,
+    ) -> tuple[Nodes, Tensor]:
+        """Take N inputs in, give M resolved nodes out, and the availability [B, 1] of each stream's newest resolved node.
+
+        done [B, 1], nodes that this layer has resolved; last [B, 1], availability of the last of them.
+        """
+        residual, key, value, scores = block.arrive(nodes.x)
+        depth = self.depth(scores, nodes, streams.least)
+        arrivals = {
+            "key": key,
+            "value": value,
+            "residual": residual,
+            "depth": depth,
+            "available": nodes.available,
+        }
+        for name, values in arrivals.items():
+            self.write(states, name, layer, nodes.index, values)
+
+        window = self.window(streams.base, done)
+        node = done + torch.arange(self.lanes + 1, device=done.device)
+        count, attended, available = self.readiness(states, layer, window, node, streams, done, last)
+        fit = count.clamp(max=self.lanes)
+        ready = torch.arange(self.lanes, device=done.device) < fit
+        flat = ready.flatten().nonzero().squeeze(1)  # lane numbers of resolved nodes, stream * Q + lane
+        index = pick(window[:, self.past : self.past + self.lanes], flat)
+        waited = states[f"residual_{layer}"].index_select(0, index)
+        mixed = self.attend(
+            block, layer, states, block.queries(waited), flat, window, done, attended[:, : self.lanes]
+        )
+        x = self.convolve(block, layer, states, waited + block.attention_out(mixed), flat, index, window)
+        available = available[:, : self.lanes]
+        latest = torch.where(ready, available, last).amax(1, keepdim=True)
+        streams.arrived = done + fit
+        streams.more = streams.more | (count > self.lanes)
+        stream, position = streams.lanes.index_select(0, flat), pick(node[:, : self.lanes], flat)
+        return Nodes(x, index, stream, position, pick(available, flat)), latest
+
+    def causal(
+        self,
+        block: Block,
+        layer: int,
+        states: dict[str, Tensor],
+        nodes: Nodes,
+        streams: Streams,
+        done: Tensor,
+        last: Tensor,
+    ) -> tuple[Nodes, Tensor]:
+        """The same layer without lookahead: nothing waits, so nothing is scheduled, queued or packed anew."""
+        residual, key, value, _ = block.arrive(nodes.x)
+        self.write(states, "key", layer, nodes.index, key)
+        self.write(states, "value", layer, nodes.index, value)
+        window = self.window(streams.base, done)
+        flat = nodes.stream * self.lanes + nodes.position - done.squeeze(1).index_select(0, nodes.stream)
+        mixed = self.attend(block, layer, states, block.queries(residual), flat, window, done, None)
+        nodes.x = self.convolve(
+            block, layer, states, residual + block.attention_out(mixed), flat, nodes.index, window
+        )
+        return nodes, streams.seen
+
+    def write(self, states: dict[str, Tensor], name: str, layer: int, index: Tensor, values: Tensor) -> None:
+        """Write rows [n, ...] of a ring of this layer."""
+        states[f"{name}_{layer}"] = write_rows(states[f"{name}_{layer}"], index, values)
+
+    def window(self, base: Tensor, done: Tensor) -> Tensor:
+        """Ring rows [B, W] of positions done - past .. done + waiting - 1 in order of position."""
+        return base + (done + torch.arange(-self.past, self.rows - self.past, device=done.device)) % self.rows
+
+    def depth(self, scores: Tensor | None, nodes: Nodes, least: Tensor) -> Tensor:
+        """Frames ahead that each input [N] asks for."""
+        if scores is not None:
+            return hard_depth(scores, least.index_select(0, nodes.stream), is_span=self.config.span)
+        if self.config.rule == "chunked":
+            return self.config.right - nodes.position % (self.config.right + 1)
+        return torch.full_like(nodes.position, self.config.right)
+
+    def readiness(
+        self,
+        states: dict[str, Tensor],
+        layer: int,
+        window: Tensor,
+        node: Tensor,
+        streams: Streams,
+        done: Tensor,
+        last: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """How many nodes can be resolved, 0 .. Q + 1 [B, 1]; frames that each attends to from itself on [B, Q + 1]; availability.
+
+        Column o is node done + o. Nodes leave in order; column Q only tells whether one more node than fits is ready.
+        """
+        right, columns, device = self.config.right, self.lanes + 1, done.device
+        order, reach = torch.arange(columns, device=device), torch.arange(right + 1, device=device)
+        inputs = streams.arrived - done
+        rows = window[:, self.past :]
+        there = torch.arange(rows.shape[1], device=device) < inputs
+        available = torch.where(there, lookup(states[f"available_{layer}"], rows), ABSENT)
+        depth = lookup(states[f"depth_{layer}"], rows[:, :columns])
+        deadline = node + streams.cap
+        steps = (order.unsqueeze(1) + reach).flatten()
+        future = available.index_select(1, steps).view(-1, columns, right + 1)
+        usable = (future <= deadline.unsqueeze(2)) & (reach <= depth.unsqueeze(2))
+        attended = usable.to(torch.int64).sum(2)  # 0 for a node that is not there
+        short = attended <= depth
+        may_come = (streams.open & (streams.seen < deadline)) | streams.more | (attended == 0)
+        blocked = (short & may_come & (order + attended >= inputs)).to(torch.int64)
+        count = torch.cat([blocked, torch.ones_like(inputs)], 1).argmax(1, keepdim=True)
+        own = torch.where(usable, future, -1).amax(2)
+        own = torch.where(short, torch.maximum(own, torch.minimum(deadline, streams.seen)), own)
+        running = torch.where(order <= order.unsqueeze(1), own.unsqueeze(1), -1).amax(2)
+        return count, attended, torch.maximum(running, last)
+
+    def attend(
+        self,
+        block: Block,
+        layer: int,
+        states: dict[str, Tensor],
+        queries: Tensor,
+        flat: Tensor,
+        window: Tensor,
+        done: Tensor,
+        attended: Tensor | None,
+    ) -> Tensor:
+        """Attention of packed queries [M, dim] at lanes `flat` [M] over their streams' rings -> [M, dim].
+
+        `attended` [B, Q], frames that each lane attends to from itself on; None: itself only.
+        """
+        heads, left, right, dim = self.config.heads, self.config.left, self.config.right, self.config.dim
+        batch, device = window.shape[0], done.device
+        lane = torch.arange(self.lanes, device=device).unsqueeze(1)
+        offset = torch.arange(-left, self.lanes + right, device=device)  # of keys, from `done`
+        padded = torch.ops.aten.index_put(queries.new_zeros(batch * self.lanes, dim), [flat], queries)
+        q = padded.view(batch, self.lanes, heads, -1).transpose(1, 2)
+        rows = window[:, self.past - left : self.past + self.lanes + right]
+        k = F.embedding(rows, states[f"key_{layer}"]).view(batch, offset.shape[0], heads, -1).transpose(1, 2)
+        v = (
+            F.embedding(rows, states[f"value_{layer}"])
+            .view(batch, offset.shape[0], heads, -1)
+            .transpose(1, 2)
+        )
+        rel = offset - lane  # [Q, K]
+        bias = block.relative[:, (rel + left).clamp(0, left + right)]
+        bias = torch.where((rel >= -left) & (rel <= right), bias, -1e9)
+        exists = (offset + done >= 0).unsqueeze(1)
+        seen = exists & (rel < (1 if attended is None else attended.unsqueeze(2)))
+        score = torch.matmul(q, k.transpose(-1, -2)) + bias
+        probs = torch.where(seen.unsqueeze(1), score, -1e9).softmax(-1)
+        mixed = torch.matmul(probs, v).transpose(1, 2).reshape(batch * self.lanes, dim)
+        return mixed.index_select(0, flat)
+
+    def convolve(
+        self,
+        block: Block,
+        layer: int,
+        states: dict[str, Tensor],
+        x: Tensor,
+        flat: Tensor,
+        index: Tensor,
+        window: Tensor,
+    ) -> Tensor:
+        """Causal convolution over the ring, then the block's end; x [M, dim] -> [M, dim]. A fresh slot's ring is zero."""
+        kernel, device = self.config.kernel, x.device
+        self.write(states, "conv", layer, index, block.conv.enter(x))
+        lane = torch.arange(self.lanes, device=device).unsqueeze(1)
+        columns = (self.past + lane + torch.arange(1 - kernel, 1, device=device)).flatten()
+        taps = window.index_select(1, columns).view(-1, kernel)  # [B * Q, kernel]
+        past = F.embedding(taps.index_select(0, flat), states[f"conv_{layer}"])
+        return block.finish(x, block.conv.leave(past))
+
+
+def pick(table: Tensor, flat: Tensor) -> Tensor:
+    """Entries of table [B, Q] at lane numbers `flat` [M]."""
+    return table.flatten().index_select(0, flat)
+
+
+def lookup(ring: Tensor, rows: Tensor) -> Tensor:
+    """Entries of a one-dimensional ring at rows [B, n]."""
+    return ring.index_select(0, rows.flatten()).view(rows.shape)

@@ -1,0 +1,80 @@
+"""The speech engine's programs over the PyTorch modules themselves, instead of their ONNX graphs (ours).
+
+For golden comparisons and for machines where PyTorch is what runs fast. Serving on a CPU never imports this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from realtide.engines.ancat.config import EncoderConfig, state_shapes
+from realtide.engines.ancat.model import JoinerProgram, Transducer
+from realtide.engines.ancat.stream import StreamStep
+from realtide.engines.runtime.program import Array, Program, TensorSpec
+from realtide.engines.runtime.torch_program import TorchProgram
+
+INT, FLOAT = np.dtype(np.int64), np.dtype(np.float32)
+
+
+def input_specs(config: EncoderConfig) -> tuple[TensorSpec, ...]:
+    """Inputs of the encoder's step, in order."""
+    return (
+        TensorSpec("windows", FLOAT, ("frames", config.window, config.mel_bins)),
+        TensorSpec("stream", INT, ("frames",)),
+        TensorSpec("position", INT, ("frames",)),
+        TensorSpec("slots", INT, ("streams",)),
+        TensorSpec("arrived", INT, ("streams",)),
+        TensorSpec("least", FLOAT, ("streams",)),
+        TensorSpec("cap", INT, ("streams",)),
+        TensorSpec("final", INT, ("streams",)),
+    )
+
+
+OUTPUTS = ("encoded", "stream_out", "position_out", "available", "more")
+
+
+def output_specs(config: EncoderConfig) -> tuple[TensorSpec, ...]:
+    """Outputs of the encoder's step, in order."""
+    return (
+        TensorSpec("encoded", FLOAT, ("nodes", config.joiner_dim)),
+        *(TensorSpec(name, INT, ("nodes",)) for name in OUTPUTS[1:4]),
+        TensorSpec("more", INT, ("streams",)),
+    )
+
+
+def build(config: EncoderConfig, weights: Mapping[str, Array]) -> Transducer:
+    """A model with the bundle's weights, in evaluation mode. Raises KeyError or RuntimeError if they do not fit."""
+    model = Transducer(config)
+    wanted = {name for name in model.state_dict() if not name.startswith("ctc.")}
+    values = {name: torch.from_numpy(np.asarray(weights[name], np.float32).copy()) for name in wanted}
+    model.load_state_dict({**model.state_dict(), **values})
+    return model.eval()
+
+
+def programs(
+    config: EncoderConfig,
+    step_frames: int,
+    weights: Mapping[str, Array],
+    state: Mapping[str, Array],
+    threads: int,
+) -> tuple[Program, Program]:
+    """Encoder and joiner. `state` as in `config.state_shapes`, updated in place; `threads` is PyTorch's, process-wide."""
+    torch.set_num_threads(threads)
+    model = build(config, weights)
+    rings = tuple(
+        TensorSpec(name, np.dtype(dtype), ("rows", *shape))
+        for name, (_, shape, dtype) in state_shapes(config, step_frames).items()
+    )
+    step = StreamStep(model.encoder, step_frames).eval()
+    encoder = TorchProgram(step, input_specs(config), output_specs(config), rings, state)
+    joiner = TorchProgram(
+        JoinerProgram(model),
+        (TensorSpec("encoded", FLOAT, ("rows", config.joiner_dim)), TensorSpec("contexts", INT, ("rows", 2))),
+        (TensorSpec("log_probs", FLOAT, ("rows", config.vocab)),),
+        (),
+        {},
+    )
+    return encoder, joiner

@@ -1,0 +1,113 @@
+"""The contract between the server and an engine (ours; architecture rules 1, 3 and 5).
+
+An engine advances many *sessions* in batched steps. The executor thread owns the engine and every session of it: all
+methods below are called from that one thread, so engines need no locks. An engine knows nothing of gRPC or asyncio:
+inputs and events are the engine's own plain dataclasses, which the server's services translate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
+
+
+class SlotsExhausted(Exception):
+    """No slot is free; the caller decides whether to queue or to refuse."""
+
+
+class CheckpointMismatch(Exception):
+    """A checkpoint was made by another model or format version, or is damaged; the message says which."""
+
+
+class Session(Protocol):
+    """One live stream's state. Every method may be called at any time, also after an error and after `close`."""
+
+    @property
+    def done(self) -> bool:
+        """True once the session has finished its input and handed out its last event."""
+        ...
+
+    def push(self, item: Any) -> Sequence[Any]:
+        """Take one input (media or control; already validated). Cheap: no model work.
+
+        Returns events that follow at once (for example the *applied* receipt of a control).
+        """
+        ...
+
+    def runnable(self) -> bool:
+        """True if a step would do work for this session. A session with nothing ready costs nothing."""
+        ...
+
+    def deadline(self) -> float:
+        """Monotonic time in seconds at which the oldest unprocessed input should have been processed."""
+        ...
+
+    def export(self) -> bytes:
+        """Serialize the whole state (versioned, self-describing); the session goes on unchanged."""
+        ...
+
+    def close(self) -> None:
+        """Free the slot. Idempotent: the slot is freed exactly once."""
+        ...
+
+
+class Engine(Protocol):
+    """Model logic on slots."""
+
+    @property
+    def name(self) -> str:
+        """Engine name as used in metric labels, for example ``ancat``."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """Name of the loaded bundle."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Number of sessions that can be open at once."""
+        ...
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that no session holds."""
+        ...
+
+    @property
+    def max_batch(self) -> int:
+        """Most sessions that one step may advance."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the preallocated state of all slots (the metric ``kv_cache_bytes``)."""
+        ...
+
+    def open(self, options: Any) -> Session:
+        """Take a slot. Raises SlotsExhausted."""
+        ...
+
+    def restore(self, checkpoint: bytes, options: Any | None = None) -> Session:
+        """Take a slot and continue an exported session. Raises SlotsExhausted, CheckpointMismatch."""
+        ...
+
+    def batch_key(self, session: Session) -> Hashable:
+        """Sessions with equal keys can share a step."""
+        ...
+
+    def step(self, sessions: Sequence[Session], on_stage: StageTimer) -> list[list[Any]]:
+        """Advance runnable sessions (at most `max_batch`, equal keys) by one step.
+
+        Returns the events of each session, in order. A failure of one session's data must not harm the others.
+        `on_stage` is told how long each stage of the step took.
+        """
+        ...
+
+
+class StageTimer(Protocol):
+    """Receives `step_seconds{stage}` observations."""
+
+    def __call__(self, stage: str, seconds: float, batch: int) -> None:
+        """Record that `stage` took `seconds` for `batch` sessions."""
+        ...
