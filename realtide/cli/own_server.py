@@ -43,7 +43,7 @@ async def own_server(bundles: Sequence[Path] = (), settings: Sequence[str] = ())
     Raises:
         CommandError: It did not start; the message has its last words.
     """
-    # REALTIDE_* settings are for servers that the user starts: ports or TLS given there would not fit this one.
+    # REALTIDE_* settings are for servers that the user starts: their ports or TLS would not fit this one.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("REALTIDE_")}
     arguments = ["serve", *map(str, bundles), "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
     arguments += ["--log-level", "warning", "--set", "metrics_host=127.0.0.1", "--set", "drain_seconds=0"]
