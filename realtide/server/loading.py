@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import yaml
 
+from realtide.bundle import BundleError, resolve
 from realtide.server.config import ConfigError, ModelConfig, ServerConfig
 from realtide.server.models import SpeechEngine
 
@@ -21,16 +22,22 @@ def load_engines(model: ModelConfig, config: ServerConfig) -> list[SpeechEngine]
     """Load one engine per executor; together they have the model's slots.
 
     Raises:
-        ConfigError: no manifest, or an engine that this server does not have.
-        Exception: whatever the engine's `load` raises for a bundle it cannot take.
+        ConfigError: no bundle, one that its engine cannot take, or an engine that this server does not have.
     """
-    load = _loader(model.bundle)
+    try:
+        return _load(resolve(str(model.bundle)), model, config)
+    except BundleError as error:
+        raise ConfigError(f"models: {error}") from error
+
+
+def _load(bundle: Path, model: ModelConfig, config: ServerConfig) -> list[SpeechEngine]:
+    load = _loader(bundle)
     slots = model.slots or config.slots
     executors = min(model.executors or config.executors, slots)
     shares = [slots // executors + (index < slots % executors) for index in range(executors)]
     return [
         load(
-            model.bundle,
+            bundle,
             slots=share,
             max_batch=min(model.max_batch or config.max_batch or share, share),
             precision=model.precision or config.precision,
@@ -42,6 +49,7 @@ def load_engines(model: ModelConfig, config: ServerConfig) -> list[SpeechEngine]
 
 
 def _loader(bundle: Path) -> Callable[..., SpeechEngine]:
+    """Only the engine's name is read here; the engine checks the whole manifest."""
     manifest = bundle / "manifest.yaml"
     try:
         data: Any = yaml.safe_load(manifest.read_text(encoding="utf-8"))

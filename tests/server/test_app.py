@@ -120,7 +120,14 @@ async def test_no_model_is_refused() -> None:
 
 
 def test_bundles_that_cannot_be_served(tmp_path: Path) -> None:
+    for name in (tmp_path, Path("no-such-bundle")):
+        with pytest.raises(ConfigError, match="models: there is no bundle"):
+            load_engines(ModelConfig(bundle=name), ServerConfig())
+    (tmp_path / "manifest.yaml").write_text("[")
     with pytest.raises(ConfigError, match="cannot be read"):
+        load_engines(ModelConfig(bundle=tmp_path), ServerConfig())
+    (tmp_path / "manifest.yaml").write_text("engine: ancat\n")
+    with pytest.raises(ConfigError, match=str(tmp_path)):  # the engine itself misses the rest
         load_engines(ModelConfig(bundle=tmp_path), ServerConfig())
     (tmp_path / "manifest.yaml").write_text("engine: steam\n")
     with pytest.raises(ConfigError, match="needs engine 'steam', must be one of ancat"):
