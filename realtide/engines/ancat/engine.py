@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from realtide.bundle import Bundle, BundleError, load_bundle
-from realtide.engines.ancat.config import EncoderConfig, state_shapes
+from realtide.engines.ancat.config import LOGIT_BOUND, EncoderConfig, state_shapes, threshold
 from realtide.engines.ancat.decoder import MAX_BEAM, Decoder
 from realtide.engines.ancat.frontend import Float32, Frontend, FrontendConfig
 from realtide.engines.ancat.search import Int64
@@ -90,7 +90,7 @@ class AncatEngine:
         self._rows = SlotState(state, {name: rows for name, (rows, _, _) in shapes.items()}, slots)
         self._max_batch = max_batch
         self._step_latency = step_latency
-        self._adaptive = {spec.name for spec in encoder.inputs}
+        self._inputs = tuple(spec.name for spec in encoder.inputs)
 
     @property
     def name(self) -> str:
@@ -142,18 +142,18 @@ class AncatEngine:
         `options` replaces those in the checkpoint from the next frame on. Raises SlotsExhausted, CheckpointMismatch.
         """
         model = self._model
-        plain, front, rows, decode = unpack(checkpoint)
+        parts = unpack(checkpoint)
         try:
-            frontend = Frontend.restore(front, model.frontend, mean=model.mean, std=model.std)
+            frontend = Frontend.restore(parts.front, model.frontend, mean=model.mean, std=model.std)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointMismatch(f"front end state does not fit this model: {error}") from None
         kept = None if options is None else replace(options, sample_rate=frontend.sample_rate)
-        state = model.decoder.restore(decode, kept)
+        state = model.decoder.restore(parts.decode, kept)
         lease = self._pool.take()
         try:
-            self._rows.load(lease.slot, rows)
+            self._rows.load(lease.slot, parts.rows)
             session = self._session(lease, frontend, state)
-            session.resume_at(plain)
+            session.resume_at(parts.plain, parts.held)
         except (KeyError, TypeError, ValueError) as error:
             lease.free()
             raise CheckpointMismatch(f"checkpoint does not fit this model: {error}") from None
@@ -207,11 +207,11 @@ class AncatEngine:
                 "position": position.astype(np.int64, copy=False),
                 "slots": np.array([session.slot for session in chosen], np.int64),
                 "arrived": np.array([works[i].first + works[i].frames for i in active], np.int64),
-                "bias": np.array([session.options.lookahead_bias for session in chosen], np.float32),
+                "least": np.array([threshold(s.options.lookahead_bias) for s in chosen], np.float32),
                 "cap": np.array([session.cap for session in chosen], np.int64),
                 "final": np.array([works[i].ending is not None for i in active], np.int64),
             }
-            out = self._encoder.run({name: feeds[name] for name in self._adaptive})
+            out = self._encoder.run({name: feeds[name] for name in self._inputs})
             owner = np.array(active, np.int64)[out["stream_out"]]
             parts.append((out["encoded"], out["available"], owner))
             active = [i for i, more in zip(active, out["more"].tolist(), strict=True) if more]
@@ -295,8 +295,8 @@ def load(
         max_lookahead_ms=config.layers * config.right * frame_ms,
         max_beam=MAX_BEAM,
         lookahead_bias_range=(
-            -float(limits.get("lookahead_bias", 6.0)),
-            float(limits.get("lookahead_bias", 6.0)),
+            -LOGIT_BOUND,
+            LOGIT_BOUND,
         ),
         max_boost=float(limits.get("max_boost", 10.0)),
         max_utterance_ms=maximum,

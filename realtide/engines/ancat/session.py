@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,8 @@ from realtide.engines.ancat.frontend import Float32, Frontend
 from realtide.engines.ancat.types import (
     Applied,
     Audio,
-    EndpointRules,
     Finish,
     Flush,
-    PhraseBoost,
     SetBoosts,
     SetEndpointing,
     SetInterim,
@@ -51,6 +49,7 @@ class Due:
     frame: int
     position: int
     control: Control
+    complete: bool = False  # flush, finish: the frame before it was completed
 
 
 @dataclass(slots=True)
@@ -87,6 +86,7 @@ class SpeechSession:
         self._frame_ms = frame_ms
         self._budget = budget
         self._due: deque[Due] = deque()
+        self._held: deque[SpeechInput] = deque()
         self._finishing = False
         self._finished = False
         self._waiting_since: float | None = None
@@ -119,22 +119,25 @@ class SpeechSession:
         """Buffer audio or a control. Raises ValueError for audio after `Finish`."""
         if not self._lease.held:
             return ()
+        if isinstance(item, Audio) and self._finishing:
+            raise ValueError("audio after finish")
+        if self._held or (self._due and isinstance(self._due[-1].control, Flush | Finish)):
+            # A flush completes the last frame with silence, so what follows it waits until its step is over.
+            self._held.append(item)
+            self._finishing |= isinstance(item, Finish)
+            return ()
+        return self._accept(item)
+
+    def _accept(self, item: SpeechInput) -> Sequence[SpeechEvent]:
         if isinstance(item, Audio):
-            if self._finishing:
-                raise ValueError("audio after finish")
             self._frontend.push(item.samples)
             self._last_received = item.received
             if self._waiting_since is None and self._frontend.frames_ready:
                 self._waiting_since = item.received
             return ()
-        position = self._frontend.samples_pushed
-        if isinstance(item, Flush):
-            self._frontend.flush()
-        elif isinstance(item, Finish):
-            self._finishing = True
-            self._frontend.finish()
+        self._finishing |= isinstance(item, Finish)
         frame = self._frontend.frames_taken + self._frontend.frames_ready
-        self._due.append(Due(frame, position, item))
+        self._due.append(Due(frame, self._frontend.samples_pushed, item))
         return self._settle()
 
     def runnable(self) -> bool:
@@ -155,15 +158,21 @@ class SpeechSession:
     def take(self, limit: int) -> Work:
         """At most `limit` frames for the coming step, none beyond the next control."""
         first = self._frontend.frames_taken
-        if self._due:
-            limit = min(limit, self._due[0].frame - first)
+        due = self._due[0] if self._due else None
+        if due is not None and isinstance(due.control, Flush | Finish):
+            if not due.complete and self._frontend.frames_ready < limit:
+                # The frame that was started ends in silence.
+                if isinstance(due.control, Finish):
+                    self._frontend.finish()
+                else:
+                    self._frontend.flush()
+                due.frame, due.complete = first + self._frontend.frames_ready, True
+        elif due is not None:
+            limit = min(limit, due.frame - first)
         windows = self._frontend.take(limit)
         ending = None
-        if self._due and self._due[0].frame == first + len(windows):
-            control = self._due[0].control
-            ending = (
-                "flush" if isinstance(control, Flush) else "finish" if isinstance(control, Finish) else None
-            )
+        if due is not None and due.complete and due.frame == first + len(windows):
+            ending = "flush" if isinstance(due.control, Flush) else "finish"
         rate = self._frontend.sample_rate
         self.decode.audio_end = self._frontend.samples_pushed / rate
         self._waiting_since = self._last_received if self._frontend.frames_ready else None
@@ -181,7 +190,10 @@ class SpeechSession:
             self.decode.shift += (inserted - self._silence) / rate
             self._silence = inserted
             assert isinstance(due.control, Flush)
-            return [Applied(due.control.control_id, due.position), *self._settle()]
+            events = [Applied(due.control.control_id, due.position), *self._settle()]
+            while self._held and not (self._due and isinstance(self._due[-1].control, Flush | Finish)):
+                events.extend(self._accept(self._held.popleft()))
+            return events
         return self._settle()
 
     def _settle(self) -> list[SpeechEvent]:
@@ -197,34 +209,32 @@ class SpeechSession:
         return events
 
     def export(self) -> bytes:
-        """Serialize everything; see `AncatEngine.restore`. Raises ValueError once closed."""
+        """Serialize everything but controls that have not taken effect: whoever resumes sends those again.
+
+        See `AncatEngine.restore`. Raises ValueError once closed.
+        """
         if not self._lease.held:
             raise ValueError("the session is closed")
         front = self._frontend.export()
         tensors = {f"front.{name}": value for name, value in front.items() if isinstance(value, np.ndarray)}
         tensors["rows"] = np.frombuffer(self._rows.export(self.slot), np.uint8)
         tensors["decode"] = np.frombuffer(self.decode.export(), np.uint8)
+        held = [item.samples for item in self._held if isinstance(item, Audio)]
+        tensors["held"] = np.concatenate([np.zeros(0, np.float32), *held])
         plain = {
             "format": FORMAT,
             "front": {name: value for name, value in front.items() if not isinstance(value, np.ndarray)},
-            "due": [
-                [due.frame, due.position, type(due.control).__name__, asdict(due.control)]
-                for due in self._due
-            ],
-            "finishing": self._finishing,
             "finished": self._finished,
             "silence": self._silence,
         }
         return save_tensors(tensors, {"session": json.dumps(plain)})
 
-    def resume_at(self, plain: dict[str, Any]) -> None:
+    def resume_at(self, plain: dict[str, Any], held: Float32) -> None:
         """Take over the rest of an exported session; raises KeyError, TypeError, ValueError if damaged."""
-        self._due = deque(
-            Due(int(frame), int(position), _control(kind, values))
-            for frame, position, kind, values in plain["due"]
-        )
-        self._finishing, self._finished = bool(plain["finishing"]), bool(plain["finished"])
+        self._finished = self._finishing = bool(plain["finished"])
         self._silence = int(plain["silence"])
+        if len(held):
+            self._frontend.push(held)
 
     def close(self) -> None:
         """Free the slot, once."""
@@ -248,21 +258,19 @@ def changed(options: SpeechOptions, control: Control) -> SpeechOptions:
     return options
 
 
-def _control(kind: str, values: dict[str, Any]) -> Control:
-    kinds: dict[str, type[Control]] = {
-        c.__name__: c for c in (SetLookahead, SetInterim, SetEndpointing, SetBoosts, Flush, Finish)
-    }
-    if kind == "SetEndpointing":
-        values = values | {"rules": EndpointRules(**values["rules"])}
-    elif kind == "SetBoosts":
-        values = values | {
-            "boosts": tuple(PhraseBoost(tuple(b["phrases"]), b["boost"]) for b in values["boosts"])
-        }
-    return kinds[kind](**values)
+@dataclass(slots=True)
+class Exported:
+    """The parts of an exported session."""
+
+    plain: dict[str, Any]
+    front: dict[str, Any]
+    rows: bytes
+    decode: bytes
+    held: Float32
 
 
-def unpack(checkpoint: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes, bytes]:
-    """(plain values, front end state, slot rows, decoder state) of an exported session. Raises CheckpointMismatch."""
+def unpack(checkpoint: bytes) -> Exported:
+    """Take an exported session apart. Raises CheckpointMismatch."""
     try:
         size = int.from_bytes(checkpoint[:8], "little")
         plain = json.loads(json.loads(checkpoint[8 : 8 + size])["__metadata__"]["session"])
@@ -274,6 +282,7 @@ def unpack(checkpoint: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes, by
         front = plain["front"] | {
             name.removeprefix("front."): t for name, t in tensors.items() if name.startswith("front.")
         }
-        return plain, front, tensors["rows"].tobytes(), tensors["decode"].tobytes()
+        rows, decode = tensors["rows"].tobytes(), tensors["decode"].tobytes()
+        return Exported(plain, front, rows, decode, np.asarray(tensors["held"], np.float32))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointMismatch(f"checkpoint is damaged: {error!r}") from None
