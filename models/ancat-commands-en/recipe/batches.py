@@ -1,4 +1,4 @@
-"""Batches for training and evaluation out of a pool: length-bucketed, SpecAugmented log-mel windows (ours)."""
+"""Batches for training and evaluation out of a pool: SpecAugmented log-mel windows, by length (ours)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from realtide.engines.ancat.config import EncoderConfig
 from realtide.engines.ancat.offline import windows_of
 from realtide.engines.ancat.tokenizer import Tokenizer
 from realtide.engines.ancat.training import Batch
-
 
 BUCKET = 20  # encoder frames
 
@@ -35,7 +34,10 @@ class Corpus:
 
 
 def corpus(pool: Pool, tokenizer: Tokenizer, cmvn: npt.NDArray[np.float32], stride: int) -> Corpus:
-    """Tokenize; records whose text has more tokens than frames are of no use to a transducer's alignment and are left out."""
+    """Tokenize.
+
+    Records whose text has no fewer tokens than frames are of no use to the losses and are left out.
+    """
     examples = []
     for record in pool.records:
         ids = tokenizer.encode(record.text) if record.text else []
@@ -46,7 +48,10 @@ def corpus(pool: Pool, tokenizer: Tokenizer, cmvn: npt.NDArray[np.float32], stri
 
 
 def spec_augment(mel: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """SpecAugment on normalised features [F, 80]: 2 frequency masks of up to 18 bins, time masks of up to 25 frames, one a second."""
+    """SpecAugment on normalised features [F, 80], and a random gain.
+
+    Two frequency masks of up to 18 bins; time masks of up to 25 frames, one a second, 8 at most.
+    """
     out = mel.copy()
     out += rng.normal(0.0, 0.25)
     for _ in range(2):
@@ -90,8 +95,9 @@ def make_batch(
 def epochs(data: Corpus, budget: int, rng: np.random.Generator) -> Iterator[list[int]]:
     """Endless index lists of similar length, each about `budget` encoder frames with padding.
 
-    Batches come in few shapes, since matrix kernels are compiled anew for each: lengths are rounded up to `BUCKET` frames and
-    every batch of a bucket has the same number of utterances (the last one is filled up from its bucket at random).
+    Batches come in few shapes, since matrix kernels are compiled anew for each: lengths are rounded up to
+    `BUCKET` frames and every batch of a bucket has the same number of utterances (the last one is filled
+    up from its bucket at random).
     """
     buckets: dict[int, list[int]] = {}
     for index, (_, _, frames) in enumerate(data.examples):

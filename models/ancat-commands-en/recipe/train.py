@@ -1,12 +1,14 @@
 """Train ANCAT or one of its baselines on a prepared pool (see README.md for the whole recipe; ours).
 
-    train.py --pool POOL --dev POOL... --cmvn FILE --tokenizer FILE --out DIR --draw wide --sets digits ... --plain
-    train.py ... --out DIR --init CKPT --draw mixed                                                  # common start
-    train.py ... --out DIR --init CKPT --rule adaptive --algorithmic 0.02                            # ANCAT
-    train.py ... --out DIR --init CKPT --rule chunked --right 7                                      # a baseline
+    DATA="--pool POOL --dev POOL... --cmvn FILE --tokenizer FILE"
+    train.py $DATA --out DIR --draw wide --sets digits ... --plain               # first steps
+    train.py $DATA --out DIR --init CKPT --draw mixed                            # common start
+    train.py $DATA --out DIR --init CKPT --rule adaptive --algorithmic 0.02      # ANCAT
+    train.py $DATA --out DIR --init CKPT --rule chunked --right 7                # a baseline
 
-The common start meets every rule (a rule is drawn for each step), so ANCAT and the baselines begin alike and are then
-trained alike, with the same data, seed and number of steps; only the rule that opens arcs differs.
+The common start meets every rule (a rule is drawn for each step), so ANCAT and the baselines begin alike
+and are then trained alike, with the same data, seed and number of steps; only the rule that opens arcs
+differs.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from realtide.engines.ancat.offline import encode, hard_arcs
 from realtide.engines.ancat.tokenizer import Tokenizer
 from realtide.engines.ancat.training import ArcSampler, Schedule, average, losses
 
-RULES = {
+RULES: dict[str, dict[str, float]] = {
     "own": {},
     "wide": {"layerwise": 0.5, "chunked": 0.5},
     "mixed": {"adaptive": 0.45, "causal": 0.1, "layerwise": 0.15, "chunked": 0.3},
@@ -37,7 +39,7 @@ RULES = {
 
 
 def greedy(model: Transducer, encoded: Tensor, frames: Tensor, per_frame: int = 3) -> list[list[int]]:
-    """Frame-synchronous greedy search over encoder rows [B, T, J] for quick looks while training -> token ids."""
+    """Frame-synchronous greedy search over encoder rows [B, T, J] for looks while training -> token ids."""
     batch = encoded.shape[0]
     context = torch.zeros(batch, 2, dtype=torch.long)
     found: list[list[int]] = [[] for _ in range(batch)]
@@ -89,8 +91,11 @@ def evaluate(
 
 
 def start_from(model: Transducer, path: Path) -> None:
-    """Load a checkpoint of the common start; position biases beyond this model's right context are cut, a scheduler that it
-    does not have is left out and the schedulers' arcs beyond `right` are cut. Raises ValueError for any other difference."""
+    """Load a checkpoint of the common start.
+
+    Position biases and schedulers' arcs beyond this model's right context are cut; a scheduler that it does
+    not have is left out. Raises ValueError for any other difference.
+    """
     weights = torch.load(path, weights_only=True)["weights"]
     own = model.state_dict()
     kept = {}
@@ -172,9 +177,10 @@ def main() -> None:
     model = Transducer(config)
     if args.init:
         start_from(model, args.init)
-    decay, plain = [], []
-    for value in model.parameters():
-        (decay if value.ndim > 1 else plain).append(value)
+    decay: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
+    for weight in model.parameters():
+        (decay if weight.ndim > 1 else plain).append(weight)
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=schedule.peak_lr, betas=(0.9, 0.98),
@@ -230,7 +236,7 @@ def main() -> None:
             report({"step": step, "skipped": "loss is not finite"})
             continue
         optimizer.zero_grad(set_to_none=True)
-        parts["total"].backward()
+        torch.autograd.backward(parts["total"])
         torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
         optimizer.step()
         average(shadow, model, min(0.998, (1 + step - first) / (10 + step - first)))

@@ -1,4 +1,4 @@
-"""Shapes of an ANCAT model: the one place they are read from is the bundle's manifest (architecture rule 4; ours)."""
+"""Shapes of an ANCAT model: all come from the bundle's manifest (architecture rule 4; ours)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 Rule = Literal["adaptive", "causal", "layerwise", "chunked"]
 
-LOGIT_BOUND = (
-    6.0  # keep logits stay within +-6: a bias beyond that opens every arc, or none, so it is the dial's range
-)
+# Keep logits stay within +-6: a bias beyond that opens every arc, or none, so it is also the dial's range.
+LOGIT_BOUND = 6.0
 NO_CAP = 1 << 40  # frames; a cap on the lookahead that never binds
 
 
@@ -18,9 +17,9 @@ NO_CAP = 1 << 40  # frames; a cap on the lookahead that never binds
 class EncoderConfig:
     """Architecture of the acoustic encoder and the transducer around it.
 
-    Frames are 40 ms encoder frames unless it says otherwise. `rule` is how right context is chosen: *adaptive* (ANCAT,
-    at most `right` frames a layer), *causal* (none), *layerwise* (`right` frames in each layer) or *chunked* (to the end of
-    the chunk of `right + 1` frames).
+    Frames are 40 ms encoder frames unless it says otherwise. `rule` is how right context is chosen:
+    *adaptive* (ANCAT, at most `right` frames a layer), *causal* (none), *layerwise* (`right` frames in
+    each layer) or *chunked* (to the end of the chunk of `right + 1` frames).
     """
 
     mel_bins: int = 80
@@ -63,13 +62,14 @@ class EncoderConfig:
     def waiting(self, step_frames: int) -> int:
         """Most inputs of a layer that are not resolved at any time, plus one.
 
-        A call brings a layer at most `step_frames` inputs and resolves at most as many nodes. At most `right` inputs wait for
-        frames that do not exist, so whatever a call cannot resolve for want of room, never more than `right` are left over.
+        A call brings a layer at most `step_frames` inputs and resolves at most as many nodes. At most
+        `right` inputs wait for frames that do not exist, so whatever a call cannot resolve for want of
+        room, never more than `right` are left over.
         """
         return step_frames + self.right + 1
 
     def ring(self, step_frames: int) -> int:
-        """Rows of a layer's rings per stream: the left context of the oldest waiting node, and all that wait."""
+        """Rows of a layer's rings per stream: left context of the oldest waiting node, and all that wait."""
         return max(self.left, self.kernel - 1) + self.waiting(step_frames)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +94,10 @@ def threshold(bias: float) -> float:
 
 
 def state_shapes(config: EncoderConfig, step_frames: int) -> dict[str, tuple[int, tuple[int, ...], str]]:
-    """Streaming state (see stream.py): name -> (rows per slot, row shape, dtype); an array has ``slots * rows`` rows."""
+    """Streaming state (see `stream`): name -> (rows per slot, row shape, dtype).
+
+    An array has ``slots * rows`` rows.
+    """
     rows = config.ring(step_frames)
     shapes: dict[str, tuple[int, tuple[int, ...], str]] = {
         "counts": (1, (config.layers,), "int64"),

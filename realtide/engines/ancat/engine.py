@@ -1,8 +1,9 @@
 """The speech engine: slots of streams advanced together through front end, encoder and decoder (ours).
 
-A step takes what is complete of each session (at most `step_frames` encoder frames), runs the encoder on all of it in one
-call, again for streams whose burst did not fit, and hands the resolved rows to the decoder. Needs no PyTorch: programs come
-from ONNX graphs; `torch_programs` gives the same engine over the PyTorch modules.
+A step takes what is complete of each session (at most `step_frames` encoder frames), runs the encoder on
+all of it in one call, again for streams whose burst did not fit, and hands the resolved rows to the
+decoder. Needs no PyTorch: programs come from ONNX graphs; `torch_programs` gives the same engine over the
+PyTorch modules.
 """
 
 from __future__ import annotations
@@ -139,7 +140,8 @@ class AncatEngine:
     def restore(self, checkpoint: bytes, options: SpeechOptions | None = None) -> SpeechSession:
         """Take a slot and continue an exported session, bit for bit.
 
-        `options` replaces those in the checkpoint from the next frame on. Raises SlotsExhausted, CheckpointMismatch.
+        `options` replaces those in the checkpoint from the next frame on. Raises SlotsExhausted,
+        CheckpointMismatch.
         """
         model = self._model
         parts = unpack(checkpoint)
@@ -193,7 +195,7 @@ class AncatEngine:
     def _encode(
         self, sessions: Sequence[SpeechSession], works: Sequence[Work]
     ) -> tuple[Float32, Int64, list[int]]:
-        """Encoder rows [M, J] and their availability [M], session by session, and the number of rows of each."""
+        """Encoder rows [M, J] and their availability [M], session by session; the number of rows of each."""
         active = list(range(len(sessions)))
         windows = np.concatenate([work.windows for work in works])
         stream = np.repeat(np.arange(len(works)), [work.frames for work in works])
@@ -242,7 +244,7 @@ def load(
         max_batch: most sessions in one step.
         precision: ``fp32`` or ``int8``; None: the bundle's default.
         threads: threads of one program.
-        step_latency: seconds within which a complete frame should have been worked on (the executor's deadlines).
+        step_latency: seconds within which a complete frame should be worked on (the executor's deadlines).
         backend: ``onnxruntime``, or ``torch`` where PyTorch is installed.
 
     Raises:
@@ -294,10 +296,7 @@ def load(
         front_end_lookahead_ms=front.frame_ms - front.shift_ms,
         max_lookahead_ms=config.layers * config.right * frame_ms,
         max_beam=MAX_BEAM,
-        lookahead_bias_range=(
-            -LOGIT_BOUND,
-            LOGIT_BOUND,
-        ),
+        lookahead_bias_range=(-LOGIT_BOUND, LOGIT_BOUND),
         max_boost=float(limits.get("max_boost", 10.0)),
         max_utterance_ms=maximum,
         characters=frozenset(limits.get("characters", "abcdefghijklmnopqrstuvwxyz'")),

@@ -1,4 +1,4 @@
-"""Writes a speech bundle: weights, ONNX graphs (float32 and int8), tokenizer and manifest (ours; extra ``export``)."""
+"""Writes a speech bundle: weights, ONNX graphs, tokenizer and manifest (ours; extra ``export``)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OPSET = 20
 def example(
     config: EncoderConfig, frames: list[int], done: list[int], *, final: bool, seed: int
 ) -> dict[str, torch.Tensor]:
-    """One call's inputs: `frames[b]` new frames for stream b, which has had `done[b]` before; slots are b + 1."""
+    """One call's inputs: `frames[b]` new frames for stream b after `done[b]` earlier ones, in slot b + 1."""
     generator = torch.Generator().manual_seed(seed)
     streams = len(frames)
     stream = torch.repeat_interleave(torch.arange(streams), torch.tensor(frames))
@@ -47,7 +47,10 @@ def example(
 
 
 def export_encoder(model: Transducer, step_frames: int, path: Path) -> None:
-    """Export the streaming step; it is compared with the module over a short conversation of calls before it is written."""
+    """Export the streaming step.
+
+    Before it is written the graph is compared with the module over a short conversation of calls.
+    """
     config = model.config
     slots = 4
     state = {
@@ -91,7 +94,8 @@ class _Causal(torch.nn.Module):
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """See `StreamStep.forward`."""
         none = torch.zeros_like(slots)
-        return self._step[0](windows, stream, position, slots, arrived, none.float(), none, none, *state)
+        step = self._step[0]
+        return step.forward(windows, stream, position, slots, arrived, none.float(), none, none, *state)
 
 
 def _bundle_name(name: str) -> str:
@@ -127,7 +131,8 @@ def write_bundle(
     Args:
         directory: the bundle; created. Other files in it stay.
         config: the architecture.
-        weights: a `Transducer`'s state_dict as arrays; stored in half precision (the auxiliary CTC head is left out).
+        weights: a `Transducer`'s state_dict as arrays; stored in half precision, without the auxiliary CTC
+            head.
         mean: of the log-mel features [mel_bins].
         std: their standard deviation [mel_bins].
         tokenizer: SentencePiece model.
@@ -141,10 +146,10 @@ def write_bundle(
     """
     front = frontend or FrontendConfig()
     (directory / "onnx").mkdir(parents=True, exist_ok=True)
-    stored = {
+    stored: dict[str, Array] = {
         name: np.asarray(value, np.float16) for name, value in weights.items() if not name.startswith("ctc.")
     }
-    stored |= {"features.mean": np.asarray(mean, np.float32), "features.std": np.asarray(std, np.float32)}  # type: ignore[dict-item]
+    stored |= {"features.mean": np.asarray(mean, np.float32), "features.std": np.asarray(std, np.float32)}
     save_file(stored, directory / WEIGHTS)
     model = build(config, WeightFile(directory / WEIGHTS))
     export_encoder(model, step_frames, directory / "onnx" / "encoder.onnx")

@@ -1,26 +1,28 @@
-"""The ANCAT network: encoder blocks with attention schedulers, predictor and joiner, as plain PyTorch modules.
+"""The ANCAT network: encoder blocks with attention schedulers, predictor, joiner; plain PyTorch modules.
 
-One definition serves training, eager streaming, ONNX export and TensorRT (architecture rule 2): a block is cut in two
-halves, `arrive` (all that depends on one input frame alone) and `resolve` (all that follows once the frames it attends to
-exist). `offline.py` joins them over whole utterances, `stream.py` over ring caches. Nothing is kept on the modules.
+One definition serves training, eager streaming, ONNX export and TensorRT (architecture rule 2): a block
+is cut in two halves, `arrive` (all that depends on one input frame alone) and `resolve` (all that follows
+once the frames it attends to exist). `offline.py` joins them over whole utterances, `stream.py` over ring
+caches. Nothing is kept on the modules.
 
-Sources: conformer transducer with per-layer attention schedulers, Strimel et al. 2023 (arXiv 2305.04159); the schedulers'
-parametrization, learned relative position biases and the 7-frame front end are ours.
+Sources: conformer transducer with per-layer attention schedulers, Strimel et al. 2023 (arXiv 2305.04159);
+the schedulers' parametrization, learned relative position biases and the 7-frame front end are ours.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from realtide.engines.ancat.config import LOGIT_BOUND, EncoderConfig
 
 
 class Subsample(nn.Module):
-    """Two strided causal convolutions as matrix products: 7 log-mel frames (10 ms) to one encoder frame (40 ms).
+    """Two strided causal convolutions as matrix products: 7 log-mel frames (10 ms) to one of 40 ms.
 
-    Encoder frame i sees log-mel frames 4i-3 .. 4i+3, so a window is a pure function of its row: no state in the graph.
+    Encoder frame i sees log-mel frames 4i-3 .. 4i+3, so a window is a pure function of its row: no state
+    in the graph.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -39,7 +41,7 @@ class Subsample(nn.Module):
             ],
             -1,
         )
-        taps = taps.unflatten(-1, (3, -1))  # [..., 3, 3 * mel]
+        taps = torch.unflatten(taps, -1, (3, -1))  # [..., 3, 3 * mel]
         hidden = F.silu(self.first(taps))
         frames: Tensor = self.norm(self.second(hidden.flatten(-2)))
         return frames
@@ -63,12 +65,12 @@ class FeedForward(nn.Module):
 
 
 def keep_logits(scores: Tensor) -> Tensor:
-    """Keep logits of scores, squashed into +-LOGIT_BOUND so that a bias beyond that opens every arc, or none."""
+    """Keep logits of scores: within +-LOGIT_BOUND, so that a bias beyond that opens every arc, or none."""
     return LOGIT_BOUND * torch.tanh(scores / LOGIT_BOUND)
 
 
 class Scheduler(nn.Module):
-    """Decides from a layer's input at frame i alone how far frame i looks ahead (section 4 of the paper; form ours)."""
+    """Decides from a layer's input at frame i alone how far frame i looks ahead (paper; form ours)."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class Scheduler(nn.Module):
         nn.init.constant_(self.out.bias, 0.5)
 
     def forward(self, h: Tensor) -> Tensor:
-        """h [..., dim] -> keep scores [..., right] for the arcs to frames i+1 .. i+right, see `keep_logits`."""
+        """h [..., dim] -> keep scores [..., right] of arcs to frames i+1 .. i+right, see `keep_logits`."""
         scores: Tensor = self.out(F.silu(self.hidden(h)))
         return scores
 
@@ -139,13 +141,16 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(config.dim)
 
     def arrive(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x [..., dim], the block's input -> (residual, keys, values, each [..., dim], keep scores [..., right] or None)."""
+        """All that depends on one input frame alone.
+
+        x [..., dim] -> (residual, keys, values, each [..., dim], keep scores [..., right] or None).
+        """
         residual = x + self.ff1(x)
         h = self.attention_norm(residual)
         return residual, self.key(h), self.value(h), None if self.scheduler is None else self.scheduler(h)
 
     def queries(self, residual: Tensor) -> Tensor:
-        """residual [..., dim] -> queries [..., dim]; the scale of one over the root of the head's width is in the weights."""
+        """residual [..., dim] -> queries [..., dim]; the scale (head width ** -0.5) is in the weights."""
         out: Tensor = self.query(self.attention_norm(residual))
         return out
 
@@ -168,7 +173,10 @@ class Encoder(nn.Module):
 
 
 class Predictor(nn.Module):
-    """Stateless predictor: the last two tokens (0 stands for the start), so a hypothesis is resumed from two integers."""
+    """Stateless predictor over the last two tokens (0 stands for the start).
+
+    So a hypothesis is resumed from two integers.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""The encoder over whole utterances: training with soft arcs, and the reference that streaming must equal with hard arcs.
+"""The encoder over whole utterances: training with soft arcs; with hard arcs what streaming must equal.
 
-Arcs follow design/ancat.md: frame i of a layer attends to `left` past frames, to itself, and to frame i+r with weight
-a[i, r], as attention weights proportional to a * exp(score). The multiplicative form (instead of adding log a) keeps the
-gradient of a closed arc finite, which is what lets a straight-through estimate reopen it (ours).
+Arcs follow design/ancat.md: frame i of a layer attends to `left` past frames, to itself, and to frame i+r
+with weight a[i, r], as attention weights proportional to a * exp(score). The multiplicative form (instead
+of adding log a) keeps the gradient of a closed arc finite, which is what lets a straight-through estimate
+reopen it (ours).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from realtide.engines.ancat.config import EncoderConfig, threshold
 from realtide.engines.ancat.model import Block, Encoder
@@ -30,7 +31,7 @@ class Encoded:
 
 
 def windows_of(features: Tensor, config: EncoderConfig) -> Tensor:
-    """Normalised log-mel features [B, F, mel] -> windows [B, F // stride, window, mel], zeros before the first frame."""
+    """Normalised log-mel [B, F, mel] -> windows [B, F // stride, window, mel], zeros before the first."""
     padded = F.pad(features, (0, 0, config.window - config.stride, 0))
     count = features.shape[1] // config.stride
     return padded.unfold(1, config.window, config.stride)[:, :count].transpose(2, 3)
@@ -42,10 +43,10 @@ def span(keep: Tensor) -> Tensor:
 
 
 def hard_depth(scores: Tensor, least: Tensor | float, *, is_span: bool = True) -> Tensor:
-    """Lookahead depth [...] from keep scores [..., R]: largest r whose arc is open at zero temperature, where p is 0 or 1.
+    """Lookahead depth [...] from keep scores [..., R]: largest r whose arc is open at zero temperature.
 
-    `least` is the smallest score of an open arc (`config.threshold` of the bias). With span arcs the depth is the number of
-    leading open ones, with independent arcs the last open one.
+    `least` is the smallest score of an open arc (`config.threshold` of the bias). With span arcs the
+    depth is the number of leading open ones, with independent arcs the last open one.
     """
     right = scores.shape[-1]
     if is_span:
@@ -127,7 +128,8 @@ def encode(
 ) -> Encoded:
     """Run the encoder over windows [B, T, 7, mel] whose first `lengths` [B] frames exist.
 
-    Arcs that point past an utterance's end attend to nothing: at the end a node is resolved with the future that exists.
+    Arcs that point past an utterance's end attend to nothing: at the end a node is resolved with the
+    future that exists.
     """
     config = encoder.config
     x = encoder.subsample(windows)

@@ -1,8 +1,8 @@
 """One live speech stream: everything it owns in one object (architecture rule 3; ours).
 
-A session buffers audio and controls in the order in which they came and hands the engine work in encoder frames. A control
-takes effect at the first encoder frame that was not complete when it arrived, so what it changes does not depend on how
-the server batches steps.
+A session buffers audio and controls in the order in which they came and hands the engine work in encoder
+frames. A control takes effect at the first encoder frame that was not complete when it arrived, so what
+it changes does not depend on how the server batches steps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ FORMAT = 1
 
 @dataclass(slots=True)
 class Due:
-    """A control and the encoder frame before which it takes effect; `position` counts the client's samples."""
+    """A control and the encoder frame before which it takes effect.
+
+    `position` counts the client's samples.
+    """
 
     frame: int
     position: int

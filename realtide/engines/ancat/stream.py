@@ -1,26 +1,29 @@
 """One streaming step of the encoder for many streams at once: the graph that serves ANCAT (ours).
 
-Every layer is a queue of nodes in frame order. A frame that arrives at a layer at once gets its keys, values and lookahead
-depth; it leaves as soon as the frames it attends to exist, never earlier and never later. So a call may resolve none or many
-nodes of a stream in any layer. All linear work runs on *packed* rows (only real nodes, of all streams together); only
-attention is padded, to Q = `step_frames` lanes a stream. A stream without news costs nothing.
+Every layer is a queue of nodes in frame order. A frame that arrives at a layer at once gets its keys,
+values and lookahead depth; it leaves as soon as the frames it attends to exist, never earlier and never
+later. So a call may resolve none or many nodes of a stream in any layer. All linear work runs on *packed*
+rows (only real nodes, of all streams together); only attention is padded, to Q = `step_frames` lanes a
+stream. A stream without news costs nothing.
 
-A call resolves at most Q nodes of a stream in a layer. Where a burst leaves more, `more` is set for the stream and the caller
-calls again at once with no new frames; layers above know of the backlog and do not mistake it for missing future.
+A call resolves at most Q nodes of a stream in a layer. Where a burst leaves more, `more` is set for the
+stream and the caller calls again at once with no new frames; layers above know of the backlog and do not
+mistake it for missing future.
 
-State per layer, in row rings of W rows a slot, addressed ``slot * W + position % W``, so that nothing ever moves and one
-index serves all rings of a layer and the next layer's too:
+State per layer, in row rings of W rows a slot, addressed ``slot * W + position % W``, so that nothing
+ever moves and one index serves all rings of a layer and the next layer's too:
 
     key, value [dim]       of inputs
     residual [dim]         inputs that wait
     depth, available []    of those
     conv [dim]             gated inputs of the depthwise kernel
 
-and ``counts`` [slots, layers], nodes resolved so far, ``newest`` [slots, layers], the availability of the last of them.
-*Availability* of a node is the index of the newest encoder input frame that had to exist for it; minus the node's own index
-it is the algorithmic latency (design/ancat.md, with the past included in the maximum because a node needs its left context
-too). With a cap of K frames a node i stops waiting once input frame i + K has been seen, so the latency of every output is at
-most K whatever the schedulers ask for.
+and ``counts`` [slots, layers], nodes resolved so far, ``newest`` [slots, layers], the availability of the
+last of them. *Availability* of a node is the index of the newest encoder input frame that had to exist
+for it; minus the node's own index it is the algorithmic latency (design/ancat.md, with the past included
+in the maximum because a node needs its left context too). With a cap of K frames a node i stops waiting
+once input frame i + K has been seen, so the latency of every output is at most K whatever the schedulers
+ask for.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from realtide.engines.ancat.config import EncoderConfig, state_shapes
 from realtide.engines.ancat.model import Block, Encoder
@@ -39,7 +42,10 @@ ABSENT = 1 << 50  # availability of a frame that does not exist yet: later than 
 
 
 def write_rows(ring: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Write rows [n, ...] at index [n]. Exported as ScatterND, which runtimes do in place when input and output share memory."""
+    """Write rows [n, ...] at index [n].
+
+    Exported as ScatterND, which runtimes do in place when input and output share memory.
+    """
     if torch.compiler.is_exporting():
         out: Tensor = torch.ops.aten.index_put(ring, [index], rows)
         return out
@@ -48,11 +54,11 @@ def write_rows(ring: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class Nodes:
-    """Packed nodes between layers: x [N, dim], ring row `index` [N], `stream` [N] (0..B-1), `position` [N], `available` [N]."""
+    """Packed nodes between layers."""
 
-    x: Tensor
-    index: Tensor
-    stream: Tensor
+    x: Tensor  # [N, dim]; the rest [N]
+    index: Tensor  # ring row
+    stream: Tensor  # 0..B-1
     position: Tensor
     available: Tensor
 
@@ -96,16 +102,18 @@ class StreamStep(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Advance B streams by N new frames in all.
 
-        windows [N, 7, mel] float32, normalised; stream [N], each frame's stream 0..B-1, ascending; position [N], its frame
-        index; slots [B]; arrived [B], frames of each stream including these; least [B] float32, `config.threshold` of the
-        bias; cap [B], frames; final [B], 1 to resolve all that waits. Integers are int64. `state` as named by `state_shapes`.
-        The causal rule needs none of least, cap and final and leaves them out of its graph.
+        windows [N, 7, mel] float32, normalised; stream [N], each frame's stream 0..B-1, ascending;
+        position [N], its frame index; slots [B]; arrived [B], frames of each stream including these;
+        least [B] float32, `config.threshold` of the bias; cap [B], frames; final [B], 1 to resolve all
+        that waits. Integers are int64. `state` as named by `state_shapes`. The causal rule needs none of
+        least, cap and final and leaves them out of its graph.
 
-        Returns encoded [M, J], its stream [M], position [M] and availability [M], `more` [B] int64, then the next state.
+        Returns encoded [M, J], its stream [M], position [M] and availability [M], `more` [B] int64, then
+        the next state.
         """
         states = dict(zip(self.names, state, strict=True))
-        counts = states["counts"].index_select(0, slots).split(1, 1)
-        newest = states["newest"].index_select(0, slots).split(1, 1)
+        counts = torch.split(states["counts"].index_select(0, slots), 1, 1)
+        newest = torch.split(states["newest"].index_select(0, slots), 1, 1)
         base, inputs = (slots * self.rows).unsqueeze(1), arrived.unsqueeze(1)
         index = (slots * self.rows).index_select(0, stream) + position % self.rows
         nodes = Nodes(self.encoder.subsample(windows), index, stream, position, position)
@@ -162,9 +170,10 @@ class LayerStep:
         done: Tensor,
         last: Tensor,
     ) -> tuple[Nodes, Tensor]:
-        """Take N inputs in, give M resolved nodes out, and the availability [B, 1] of each stream's newest resolved node.
+        """Take N inputs in, give M resolved nodes out.
 
-        done [B, 1], nodes that this layer has resolved; last [B, 1], availability of the last of them.
+        Also returns the availability [B, 1] of each stream's newest resolved node. done [B, 1], nodes that
+        this layer has resolved; last [B, 1], availability of the last of them.
         """
         residual, key, value, scores = block.arrive(nodes.x)
         depth = self.depth(scores, nodes, streams.least)
@@ -245,9 +254,11 @@ class LayerStep:
         done: Tensor,
         last: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """How many nodes can be resolved, 0 .. Q + 1 [B, 1]; frames that each attends to from itself on [B, Q + 1]; availability.
+        """Which nodes can be resolved, and what they attend to.
 
-        Column o is node done + o. Nodes leave in order; column Q only tells whether one more node than fits is ready.
+        Returns how many can be, 0 .. Q + 1 [B, 1]; the number of frames that each attends to from itself on
+        [B, Q + 1]; their availability [B, Q + 1]. Column o is node done + o. Nodes leave in order; column Q
+        only tells whether one more node than fits is ready.
         """
         right, columns, device = self.config.right, self.lanes + 1, done.device
         order, reach = torch.arange(columns, device=device), torch.arange(right + 1, device=device)
@@ -318,7 +329,7 @@ class LayerStep:
         index: Tensor,
         window: Tensor,
     ) -> Tensor:
-        """Causal convolution over the ring, then the block's end; x [M, dim] -> [M, dim]. A fresh slot's ring is zero."""
+        """Causal convolution over the ring (zero in a fresh slot), then the block's end: [M, dim] -> same."""
         kernel, device = self.config.kernel, x.device
         self.write(states, "conv", layer, index, block.conv.enter(x))
         lane = torch.arange(self.lanes, device=device).unsqueeze(1)

@@ -1,6 +1,7 @@
 """The speech engine's programs over the PyTorch modules themselves, instead of their ONNX graphs (ours).
 
-For golden comparisons and for machines where PyTorch is what runs fast. Serving on a CPU never imports this module.
+For golden comparisons and for machines where PyTorch is what runs fast. Serving on a CPU never imports
+this module.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def output_specs(config: EncoderConfig) -> tuple[TensorSpec, ...]:
 
 
 def build(config: EncoderConfig, weights: Mapping[str, Array]) -> Transducer:
-    """A model with the bundle's weights, in evaluation mode. Raises KeyError or RuntimeError if they do not fit."""
+    """A model with the bundle's weights, in evaluation mode; KeyError or RuntimeError if they do not fit."""
     model = Transducer(config)
     wanted = {name for name in model.state_dict() if not name.startswith("ctc.")}
     values = {name: torch.from_numpy(np.asarray(weights[name], np.float32).copy()) for name in wanted}
@@ -61,7 +62,10 @@ def programs(
     state: Mapping[str, Array],
     threads: int,
 ) -> tuple[Program, Program]:
-    """Encoder and joiner. `state` as in `config.state_shapes`, updated in place; `threads` is PyTorch's, process-wide."""
+    """Encoder and joiner.
+
+    `state` as in `config.state_shapes`, updated in place; `threads` is PyTorch's own, process-wide.
+    """
     torch.set_num_threads(threads)
     model = build(config, weights)
     rings = tuple(

@@ -1,9 +1,9 @@
-"""One training step of an ANCAT transducer: arcs, losses and the schedule they follow (torch; ours unless it says otherwise).
+"""One training step of an ANCAT transducer: arcs, losses and the schedule they follow (ours).
 
-The same step trains ANCAT and its baselines; only the rule that opens arcs differs. For ANCAT the arcs are sampled from a
-binary concrete distribution (logistic noise, temperature annealed) and a per-utterance bias is drawn, so that one set of
-weights has met every setting of the run-time dial. A share of steps may use other rules (*mixed* pre-training), from which
-ANCAT and every baseline then start alike.
+The same step trains ANCAT and its baselines; only the rule that opens arcs differs. For ANCAT the arcs
+are sampled from a binary concrete distribution (logistic noise, temperature annealed) and a per-utterance
+bias is drawn, so that one set of weights has met every setting of the run-time dial. A share of steps may
+use other rules (*mixed* pre-training), from which ANCAT and every baseline then start alike.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from realtide.engines.ancat.config import EncoderConfig
 from realtide.engines.ancat.model import Transducer, keep_logits
@@ -24,7 +24,7 @@ from realtide.engines.ancat.rnnt import fused_rnnt_loss
 
 @dataclass(slots=True)
 class Schedule:
-    """Hyper-parameters of one training run. Steps are optimizer steps; times of the rise and fall are in steps."""
+    """Hyper-parameters of one training run. Steps are optimizer steps."""
 
     steps: int = 3000
     peak_lr: float = 2e-3
@@ -36,17 +36,15 @@ class Schedule:
     ctc_weight: float = 0.3
     fastemit: float = 0.01
     temperature: tuple[float, float] = (1.0, 0.3)
-    hard_from: float = (
-        0.6  # fraction of steps after which arcs are hard in the forward pass (straight-through)
-    )
+    # fraction of steps after which arcs are hard in the forward pass (straight-through)
+    hard_from: float = 0.6
     bias_range: float = 5.0  # per-utterance bias is drawn from [-bias_range, bias_range]
     naive: float = 0.0
     algorithmic: float = 0.0  # weight per frame of relaxed algorithmic latency
     compute: float = 0.0  # weight per second of relaxed user-perceived latency
     node_seconds: float = 1e-4
-    mixed: dict[str, float] = field(
-        default_factory=dict
-    )  # probability of each rule a step; empty: the model's own rule
+    # probability of each rule a step; empty: the model's own rule
+    mixed: dict[str, float] = field(default_factory=dict)
 
     def lr(self, step: int) -> float:
         """Linear warm-up, cosine decay."""
@@ -93,7 +91,7 @@ class ArcSampler:
         self.soft: list[Tensor] = []
 
     def fixed(self, frames: int) -> Tensor:
-        """0/1 arcs [1, T, right] of the rules that do not look at the signal; mixed training draws their sizes."""
+        """0/1 arcs [1, T, right] of rules that ignore the signal; mixed training draws their sizes."""
         right, i = self.config.right, torch.arange(frames)
         own = self.rule == self.config.rule
         if self.rule == "causal":
@@ -134,9 +132,15 @@ def losses(
         ctc_logits = model.ctc(out.rows)
     last = model.joiner.out
     total = fused_rnnt_loss(
-        out.rows.float(), predicted.float(), last.weight, last.bias, batch.targets, batch.frames, batch.lengths,
+        out.rows.float(),
+        predicted.float(),
+        last.weight,
+        last.bias,
+        batch.targets,
+        batch.frames,
+        batch.lengths,
         fastemit=schedule.fastemit,
-    )  # fmt: skip
+    )
     parts = {"rnnt": total}
     if schedule.ctc_weight:
         log_probs = F.log_softmax(ctc_logits.float(), -1).transpose(0, 1)

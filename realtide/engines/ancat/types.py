@@ -1,4 +1,4 @@
-"""Inputs, options and events of a speech session: plain data that the server translates to and from the wire (ours).
+"""Inputs, options and events of a speech session: plain data; the server translates it for the wire (ours).
 
 Media time is counted in samples at the client's own rate for input and in seconds of audio for results.
 """
@@ -49,7 +49,7 @@ class SpeechOptions:
 
 @dataclass(frozen=True, slots=True)
 class Audio:
-    """Mono samples in [-1, 1] at the session's sample rate; `received` is the monotonic arrival time in seconds."""
+    """Mono samples in [-1, 1] at the session's sample rate; `received`: monotonic arrival time in seconds."""
 
     samples: npt.NDArray[np.float32]
     received: float
@@ -57,7 +57,10 @@ class Audio:
 
 @dataclass(frozen=True, slots=True)
 class SetLookahead:
-    """Turn the dial while the stream runs. None leaves a value as it is; `max_lookahead_ms` 0 means causal, -1 no cap."""
+    """Turn the dial while the stream runs.
+
+    None leaves a value as it is; `max_lookahead_ms` 0 means causal, -1 no cap.
+    """
 
     control_id: str
     bias: float | None = None
@@ -111,9 +114,8 @@ class Word:
     start: float
     end: float
     confidence: float
-    lookahead: (
-        float  # seconds of future audio (beyond the frame itself) that the word's last token waited for
-    )
+    # seconds of future audio (beyond the frame itself) that the word's last token waited for
+    lookahead: float
 
 
 @dataclass(frozen=True, slots=True)
