@@ -101,9 +101,12 @@ def cap_depths(
 ) -> tuple[Ints, Ints]:
     """Cuts depths so that no output of any layer needs audio more than `cap` frames ahead.
 
-    The effective depth e[l, i] is the largest e <= depth with A[l - 1, i + e] <= i + cap: a frame that cannot
-    be there in time is not awaited. By induction A[l, i] <= i + cap for every node. It needs no future to
-    decide: at input frame i + cap a stream simply goes on with what it has.
+    The effective depth e[l, i] is the largest e <= depth with A[l - 1, i + e] <= i + cap: a node stops waiting
+    at its deadline, input frame i + cap, and goes on with what it has. A node that was cut so (e < depth) has
+    waited until then: A[l, i] = max(A[l, i - 1], i + cap). It cannot give up earlier, whatever it knows of the
+    frames below: if the stream ended before the deadline, everything below would be resolved at once with the
+    future that exists, so frame i + e + 1 could still be there in time. By induction A[l, i] <= i + cap for
+    every node, and no future is needed to decide.
 
     Args:
         depths: [..., L, T] wanted depths, non-negative integers.
@@ -111,7 +114,7 @@ def cap_depths(
         lengths: [...] valid frames; all T if None.
 
     Returns:
-        Effective depths [..., L, T] and their availability [..., L + 1, T] (see `availability`).
+        Effective depths [..., L, T] and the availability [..., L + 1, T]; without cut nodes as `availability`.
 
     Raises:
         ValueError: as `clip_depths`, or a negative cap.
@@ -129,15 +132,17 @@ def cap_depths(
     effective = np.empty_like(wanted)
     for layer in range(wanted.shape[-2]):
         below, depth = rows[-1], wanted[..., layer, :]
+        cut: Ints | None = None
         if limit is not None:
             # A[l - 1] does not decrease, so the frames in time are a prefix: count them.
             kept = np.zeros_like(depth)
             for r in range(1, int(depth.max(initial=0)) + 1):
                 frame = np.broadcast_to(np.minimum(at + r, steps - 1), below.shape)
                 kept += (r <= depth) & (np.take_along_axis(below, frame, -1) <= limit)
-            depth = kept
+            cut, depth = np.where(kept < depth, limit, -1), kept
         effective[..., layer, :] = depth
-        rows.append(np.maximum.accumulate(np.take_along_axis(below, at + depth, -1), -1))
+        newest = np.take_along_axis(below, at + depth, -1)
+        rows.append(np.maximum.accumulate(newest if cut is None else np.maximum(newest, cut), -1))
     return effective, np.stack(rows, -2)
 
 

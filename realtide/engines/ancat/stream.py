@@ -267,7 +267,9 @@ class LayerStep:
         there = torch.arange(rows.shape[1], device=device) < inputs
         available = torch.where(there, lookup(states[f"available_{layer}"], rows), ABSENT)
         depth = lookup(states[f"depth_{layer}"], rows[:, :columns])
-        deadline = node + streams.cap
+        # When the cap is lowered a node may already be later than it: what it has waited for, it uses.
+        own = torch.where(there, available, -1)[:, :columns]
+        deadline = torch.maximum(node + streams.cap, own)
         steps = (order.unsqueeze(1) + reach).flatten()
         future = available.index_select(1, steps).view(-1, columns, right + 1)
         usable = (future <= deadline.unsqueeze(2)) & (reach <= depth.unsqueeze(2))
@@ -276,9 +278,9 @@ class LayerStep:
         may_come = (streams.open & (streams.seen < deadline)) | streams.more | (attended == 0)
         blocked = (short & may_come & (order + attended >= inputs)).to(torch.int64)
         count = torch.cat([blocked, torch.ones_like(inputs)], 1).argmax(1, keepdim=True)
-        own = torch.where(usable, future, -1).amax(2)
-        own = torch.where(short, torch.maximum(own, torch.minimum(deadline, streams.seen)), own)
-        running = torch.where(order <= order.unsqueeze(1), own.unsqueeze(1), -1).amax(2)
+        when = torch.where(usable, future, -1).amax(2)
+        when = torch.where(short, torch.maximum(when, torch.minimum(deadline, streams.seen)), when)
+        running = torch.where(order <= order.unsqueeze(1), when.unsqueeze(1), -1).amax(2)
         return count, attended, torch.maximum(running, last)
 
     def attend(

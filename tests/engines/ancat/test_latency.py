@@ -120,6 +120,8 @@ def brute_cap(depths: Ints, cap: int) -> tuple[Ints, Ints]:
             ]
             e[layer, i] = max(fits)
             a[layer + 1, i] = max(a[layer, i + max(fits)], a[layer + 1, i - 1] if i else 0)
+            if max(fits) < min(int(depths[layer, i]), steps - 1 - i):
+                a[layer + 1, i] = max(a[layer + 1, i], i + cap)  # it waited in vain
     return e, a
 
 
@@ -131,7 +133,23 @@ def test_cap_follows_its_definition_and_holds(depths: Ints, cap: int) -> None:
     np.testing.assert_array_equal(effective, expected_depths)
     np.testing.assert_array_equal(available, expected)
     assert (available - np.arange(depths.shape[1]) <= cap).all()
-    np.testing.assert_array_equal(availability(effective), available)
+    assert (availability(effective) <= available).all()  # what is used is there before a node gives up
+    assert (available[-1] <= availability(depths)[-1]).all()
+
+
+@given(depth_arrays(), st.integers(0, 6))
+@quick
+def test_no_node_can_give_up_before_its_deadline(depths: Ints, cap: int) -> None:
+    effective, _ = cap_depths(depths, cap)
+    steps = depths.shape[1]
+    for layer, i in zip(*np.nonzero(effective < clip_depths(depths)), strict=True):
+        if effective[layer, i] < cap:
+            # Had the stream ended one frame before the deadline, or with the frame that was missed, the node
+            # would have used more: nothing seen until then settles its depth.
+            end = max(int(i) + cap, int(i + effective[layer, i]) + 2)
+            assert end <= steps
+            ended, _ = cap_depths(depths[:, :end], cap)
+            assert ended[layer, i] > effective[layer, i]
 
 
 @given(depth_arrays())
