@@ -31,6 +31,7 @@ class Corpus:
     mean: npt.NDArray[np.float32]
     std: npt.NDArray[np.float32]
     examples: list[tuple[Record, list[int], int]]
+    tokenizer: Tokenizer
 
 
 def corpus(pool: Pool, tokenizer: Tokenizer, cmvn: npt.NDArray[np.float32], stride: int) -> Corpus:
@@ -44,7 +45,7 @@ def corpus(pool: Pool, tokenizer: Tokenizer, cmvn: npt.NDArray[np.float32], stri
         frames = record.frames // stride
         if len(ids) < frames:
             examples.append((record, ids, frames))
-    return Corpus(pool, cmvn[0], cmvn[1], examples)
+    return Corpus(pool, cmvn[0], cmvn[1], examples, tokenizer)
 
 
 def spec_augment(mel: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.float32]:
@@ -65,6 +66,18 @@ def spec_augment(mel: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.
     return out
 
 
+def labels_of(record: Record, tokenizer: Tokenizer, frames: int) -> npt.NDArray[np.int64]:
+    """Token of each encoder frame [frames] where word times are known (a word's tokens share its time), else -100."""
+    labels = np.full(frames, 0 if record.words else -100, np.int64)
+    for word, start, end in record.words:
+        ids = np.array(tokenizer.encode(word))
+        first = int(start / 0.04)
+        count = max(len(ids), int(np.ceil(end / 0.04)) - first)
+        share = ids[np.arange(count) * len(ids) // count]
+        labels[first : first + count] = share[: max(0, frames - first)]
+    return labels
+
+
 def make_batch(
     data: Corpus, picked: Sequence[int], config: EncoderConfig, rng: np.random.Generator | None
 ) -> Batch:
@@ -80,6 +93,9 @@ def make_batch(
     tokens = -(-max(1, max(len(ids) for ids in targets)) // 4) * 4
     features = np.zeros((len(mels), longest * config.stride, config.mel_bins), np.float32)
     padded = np.zeros((len(mels), tokens), np.int64)
+    labels = np.full((len(mels), longest), -100, np.int64)
+    for row, index in enumerate(picked):
+        labels[row, : frames[row]] = labels_of(data.examples[index][0], data.tokenizer, frames[row])
     for row, (mel, ids) in enumerate(zip(mels, targets, strict=True)):
         cut = min(len(mel), features.shape[1])
         features[row, :cut] = mel[:cut]
@@ -89,6 +105,7 @@ def make_batch(
         torch.tensor(frames),
         torch.from_numpy(padded),
         torch.tensor([len(ids) for ids in targets]),
+        torch.from_numpy(labels),
     )
 
 

@@ -144,6 +144,7 @@ def main() -> None:
     parse.add_argument("--naive", type=float, default=0.0)
     parse.add_argument("--algorithmic", type=float, default=0.0)
     parse.add_argument("--compute", type=float, default=0.0)
+    parse.add_argument("--align", type=float, default=0.0, help="weight of the loss of frames with known tokens")
     parse.add_argument("--fastemit", type=float, default=0.01)
     parse.add_argument("--hard-from", type=float, default=0.6)
     parse.add_argument("--evaluate-every", type=int, default=500)
@@ -167,7 +168,7 @@ def main() -> None:
     schedule = Schedule(
         steps=args.steps, peak_lr=args.lr, warmup=args.warmup, naive=args.naive, algorithmic=args.algorithmic,
         compute=args.compute, fastemit=args.fastemit, hard_from=args.hard_from, mixed=RULES[args.draw],
-        dropout=0.0 if args.plain else 0.1,
+        dropout=0.0 if args.plain else 0.1, align_weight=args.align,
     )  # fmt: skip
     train.examples = [
         (record, ids, frames)

@@ -138,7 +138,11 @@ class Block(nn.Module):
         self.scheduler = Scheduler(config) if config.rule == "adaptive" else None
         self.conv = Convolution(config)
         self.ff2 = FeedForward(config)
-        self.norm = nn.LayerNorm(config.dim)
+        with torch.no_grad():
+            # Residual branches start small: gradients reach the front end at once, and learning starts sooner.
+            for branch in (self.ff1.down, self.ff2.down, self.attention_out, self.conv.out):
+                branch.weight.mul_(0.3)
+                branch.bias.mul_(0.3)
 
     def arrive(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """All that depends on one input frame alone.
@@ -157,7 +161,7 @@ class Block(nn.Module):
     def finish(self, x: Tensor, convolved: Tensor) -> Tensor:
         """x [..., dim] after attention and the convolution's output -> the block's output [..., dim]."""
         x = x + convolved
-        out: Tensor = self.norm(x + self.ff2(x))
+        out: Tensor = x + self.ff2(x)
         return out
 
 
@@ -169,7 +173,13 @@ class Encoder(nn.Module):
         self.config = config
         self.subsample = Subsample(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.dim)
         self.project = nn.Linear(config.dim, config.joiner_dim)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """x [..., dim], the last block's output -> rows in the joiner's space [..., joiner_dim]."""
+        rows: Tensor = self.project(self.norm(x))
+        return rows
 
 
 class Predictor(nn.Module):

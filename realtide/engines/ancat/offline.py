@@ -143,4 +143,4 @@ def encode(
         x = block.finish(x, F.dropout(block.conv.whole(block.conv.enter(x)), dropout, encoder.training))
     if dropout:
         x = F.dropout(x, dropout, encoder.training)
-    return Encoded(encoder.project(x), torch.stack(used, 1))
+    return Encoded(encoder.leave(x), torch.stack(used, 1))

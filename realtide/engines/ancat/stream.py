@@ -145,7 +145,7 @@ class StreamStep(nn.Module):
         states["counts"] = write_rows(states["counts"], slots, torch.cat(resolved, 1))
         states["newest"] = write_rows(states["newest"], slots, torch.cat(latest, 1))
         more = streams.more.squeeze(1).to(torch.int64)
-        encoded = self.encoder.project(nodes.x)
+        encoded = self.encoder.leave(nodes.x)
         # Every output is a tensor of its own: an input may not be handed back as an output.
         stream, position, available = (value + 0 for value in (nodes.stream, nodes.position, nodes.available))
         return (encoded, stream, position, available, more, *(states[name] for name in self.names))

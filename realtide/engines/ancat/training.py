@@ -34,6 +34,7 @@ class Schedule:
     clip: float = 5.0
     dropout: float = 0.1
     ctc_weight: float = 0.3
+    align_weight: float = 0.0  # of the cross-entropy of frames whose token is known, through the CTC head
     fastemit: float = 0.01
     temperature: tuple[float, float] = (1.0, 0.3)
     # fraction of steps after which arcs are hard in the forward pass (straight-through)
@@ -56,12 +57,13 @@ class Schedule:
 
 @dataclass(slots=True)
 class Batch:
-    """windows [B, T, 7, mel], frames [B], targets [B, U] (0 padded), lengths [B]."""
+    """windows [B, T, 7, mel], frames [B], targets [B, U] (0 padded), lengths [B], labels [B, T] (-100: unknown)."""
 
     windows: Tensor
     frames: Tensor
     targets: Tensor
     lengths: Tensor
+    labels: Tensor
 
 
 class ArcSampler:
@@ -149,6 +151,9 @@ def losses(
         )
         parts["ctc"] = each.mean()
         total = total + schedule.ctc_weight * parts["ctc"]
+    if schedule.align_weight and bool((batch.labels >= 0).any()):
+        parts["align"] = F.cross_entropy(ctc_logits.float().flatten(0, 1), batch.labels.flatten())
+        total = total + schedule.align_weight * parts["align"]
     config = model.config
     if sampler.soft:
         soft = torch.stack(sampler.soft, 1)
