@@ -102,11 +102,15 @@ def cap_depths(
     """Cuts depths so that no output of any layer needs audio more than `cap` frames ahead.
 
     The effective depth e[l, i] is the largest e <= depth with A[l - 1, i + e] <= i + cap: a node stops waiting
-    at its deadline, input frame i + cap, and goes on with what it has. A node that was cut so (e < depth) has
-    waited until then: A[l, i] = max(A[l, i - 1], i + cap). It cannot give up earlier, whatever it knows of the
-    frames below: if the stream ended before the deadline, everything below would be resolved at once with the
-    future that exists, so frame i + e + 1 could still be there in time. By induction A[l, i] <= i + cap for
-    every node, and no future is needed to decide.
+    at its deadline, input frame i + cap, and goes on with what it has. A node that was cut so (e < depth)
+    has waited until then: A[l, i] = max(A[l, i - 1], i + cap). It cannot give up earlier, whatever it knows
+    of the frames below: if the stream ended before the deadline, everything below would be resolved at once
+    with the future that exists, and if frame i + cap asked for nothing, it would be there. By induction
+    A[l, i] <= i + cap for every node, and no future is needed to decide.
+
+    The end comes after the last frame, T - 1, and nobody knows of it before. So within the recursion a node
+    that only the end resolves is available at T (in time for a node whose deadline is later than T - 1, too
+    late for all others), and the result says T - 1.
 
     Args:
         depths: [..., L, T] wanted depths, non-negative integers.
@@ -114,7 +118,7 @@ def cap_depths(
         lengths: [...] valid frames; all T if None.
 
     Returns:
-        Effective depths [..., L, T] and the availability [..., L + 1, T]; without cut nodes as `availability`.
+        Effective depths [..., L, T] and availability [..., L + 1, T], as `availability` where none is cut.
 
     Raises:
         ValueError: as `clip_depths`, or a negative cap.
@@ -122,6 +126,10 @@ def cap_depths(
     wanted = clip_depths(depths, lengths)
     steps = wanted.shape[-1]
     at = np.arange(steps)
+    # The end is "frame" number `end`. Who asks for more than there is waits for it; padding never waits.
+    count = np.asarray(steps if lengths is None else lengths)
+    end = np.broadcast_to(count[..., None], (*wanted.shape[:-2], steps))
+    asked = np.where((at < end)[..., None, :], np.asarray(depths), 0)
     limit: Ints | None = None
     if cap is not None:
         frames = np.asarray(cap)
@@ -132,18 +140,19 @@ def cap_depths(
     effective = np.empty_like(wanted)
     for layer in range(wanted.shape[-2]):
         below, depth = rows[-1], wanted[..., layer, :]
-        cut: Ints | None = None
         if limit is not None:
             # A[l - 1] does not decrease, so the frames in time are a prefix: count them.
             kept = np.zeros_like(depth)
             for r in range(1, int(depth.max(initial=0)) + 1):
                 frame = np.broadcast_to(np.minimum(at + r, steps - 1), below.shape)
                 kept += (r <= depth) & (np.take_along_axis(below, frame, -1) <= limit)
-            cut, depth = np.where(kept < depth, limit, -1), kept
+            depth = kept
+        given_up = end if limit is None else np.minimum(limit, end)
+        cut = np.where(depth < asked[..., layer, :], given_up, -1)
         effective[..., layer, :] = depth
         newest = np.take_along_axis(below, at + depth, -1)
-        rows.append(np.maximum.accumulate(newest if cut is None else np.maximum(newest, cut), -1))
-    return effective, np.stack(rows, -2)
+        rows.append(np.maximum.accumulate(np.maximum(newest, cut), -1))
+    return effective, np.minimum(np.stack(rows, -2), np.maximum(end - 1, at)[..., None, :])
 
 
 def algorithmic_latency(depths: ArrayLike, lengths: ArrayLike | None = None) -> Ints:

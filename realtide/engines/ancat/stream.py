@@ -23,7 +23,7 @@ last of them. *Availability* of a node is the index of the newest encoder input 
 for it; minus the node's own index it is the algorithmic latency (design/ancat.md, with the past included
 in the maximum because a node needs its left context too). With a cap of K frames a node i stops waiting
 once input frame i + K has been seen, so the latency of every output is at most K whatever the schedulers
-ask for.
+ask for. The end of the stream comes after its last frame: inside it counts as one more frame.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ class StreamStep(nn.Module):
         more = streams.more.squeeze(1).to(torch.int64)
         encoded = self.encoder.leave(nodes.x)
         # Every output is a tensor of its own: an input may not be handed back as an output.
-        stream, position, available = (value + 0 for value in (nodes.stream, nodes.position, nodes.available))
+        available = torch.minimum(nodes.available, streams.seen.flatten().index_select(0, nodes.stream))
+        stream, position = nodes.stream + 0, nodes.position + 0
         return (encoded, stream, position, available, more, *(states[name] for name in self.names))
 
 
@@ -226,7 +227,9 @@ class LayerStep:
         nodes.x = self.convolve(
             block, layer, states, residual + block.attention_out(mixed), flat, nodes.index, window
         )
-        return nodes, streams.seen
+        # As a maximum with what was read, so that no runtime may update the state before it is read.
+        streams.arrived = torch.maximum(streams.arrived, done)
+        return nodes, torch.maximum(streams.seen, last)
 
     def write(self, states: dict[str, Tensor], name: str, layer: int, index: Tensor, values: Tensor) -> None:
         """Write rows [n, ...] of a ring of this layer."""
@@ -278,8 +281,10 @@ class LayerStep:
         may_come = (streams.open & (streams.seen < deadline)) | streams.more | (attended == 0)
         blocked = (short & may_come & (order + attended >= inputs)).to(torch.int64)
         count = torch.cat([blocked, torch.ones_like(inputs)], 1).argmax(1, keepdim=True)
+        # What only the end resolves comes one frame later than the last: whoever's deadline that frame was
+        # has given up, whether or not the end was known by then.
         when = torch.where(usable, future, -1).amax(2)
-        when = torch.where(short, torch.maximum(when, torch.minimum(deadline, streams.seen)), when)
+        when = torch.where(short, torch.maximum(when, torch.minimum(deadline, streams.seen + 1)), when)
         running = torch.where(order <= order.unsqueeze(1), when.unsqueeze(1), -1).amax(2)
         return count, attended, torch.maximum(running, last)
 

@@ -120,9 +120,10 @@ def brute_cap(depths: Ints, cap: int) -> tuple[Ints, Ints]:
             ]
             e[layer, i] = max(fits)
             a[layer + 1, i] = max(a[layer, i + max(fits)], a[layer + 1, i - 1] if i else 0)
-            if max(fits) < min(int(depths[layer, i]), steps - 1 - i):
-                a[layer + 1, i] = max(a[layer + 1, i], i + cap)  # it waited in vain
-    return e, a
+            if max(fits) < int(depths[layer, i]):
+                # It waited in vain, until its deadline or the end.
+                a[layer + 1, i] = max(a[layer + 1, i], min(i + cap, steps))
+    return e, np.minimum(a, steps - 1)
 
 
 @given(depth_arrays(), st.integers(0, 6))
@@ -144,11 +145,14 @@ def test_no_node_can_give_up_before_its_deadline(depths: Ints, cap: int) -> None
     steps = depths.shape[1]
     for layer, i in zip(*np.nonzero(effective < clip_depths(depths)), strict=True):
         if effective[layer, i] < cap:
-            # Had the stream ended one frame before the deadline, or with the frame that was missed, the node
+            # Had the stream ended just before the deadline, or had that frame asked for nothing, the node
             # would have used more: nothing seen until then settles its depth.
-            end = max(int(i) + cap, int(i + effective[layer, i]) + 2)
-            assert end <= steps
-            ended, _ = cap_depths(depths[:, :end], cap)
+            deadline = int(i) + cap
+            assert deadline < steps
+            other = depths[:, : deadline + 1].copy()
+            other[:, deadline] = 0
+            missed = int(i + effective[layer, i]) + 1
+            ended, _ = cap_depths(other if missed == deadline else other[:, :deadline], cap)
             assert ended[layer, i] > effective[layer, i]
 
 
