@@ -66,10 +66,26 @@ def spec_augment(mel: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.
     return out
 
 
-def labels_of(record: Record, tokenizer: Tokenizer, frames: int) -> npt.NDArray[np.int64]:
-    """Token of each encoder frame [frames] where word times are known (a word's tokens share its time), else -100."""
-    labels = np.full(frames, 0 if record.words else -100, np.int64)
-    for word, start, end in record.words:
+def flat_words(record: Record, mel: npt.NDArray[np.float32]) -> list[tuple[str, float, float]]:
+    """A first guess at word times [s]: the words share the span of loud frames by their letters. mel [F, 80], clean speech."""
+    loudness = mel.mean(1)
+    low, high = np.percentile(loudness, [10, 95])
+    loud = np.flatnonzero(loudness > low + 0.4 * (high - low))
+    words = record.text.split()
+    if not words or high - low < 1e-3:
+        return []
+    first, last = 0.01 * loud[0], 0.01 * (loud[-1] + 1)
+    edges = np.cumsum([0, *(len(word) for word in words)])
+    times = first + (last - first) * edges / edges[-1]
+    return [(word, float(times[k]), float(times[k + 1])) for k, word in enumerate(words)]
+
+
+def labels_of(
+    words: Sequence[tuple[str, float, float]], tokenizer: Tokenizer, frames: int
+) -> npt.NDArray[np.int64]:
+    """Token of each encoder frame [frames] from word times [s] (a word's tokens share its time); -100 if there are none."""
+    labels = np.full(frames, 0 if words else -100, np.int64)
+    for word, start, end in words:
         ids = np.array(tokenizer.encode(word))
         first = int(start / 0.04)
         count = max(len(ids), int(np.ceil(end / 0.04)) - first)
@@ -79,9 +95,9 @@ def labels_of(record: Record, tokenizer: Tokenizer, frames: int) -> npt.NDArray[
 
 
 def make_batch(
-    data: Corpus, picked: Sequence[int], config: EncoderConfig, rng: np.random.Generator | None
+    data: Corpus, picked: Sequence[int], config: EncoderConfig, rng: np.random.Generator | None, *, flat: bool = False
 ) -> Batch:
-    """Stack examples; with a generator they are SpecAugmented."""
+    """Stack examples; with a generator they are SpecAugmented. `flat`: guess word times that are not known."""
     mels, targets, frames = [], [], []
     for index in picked:
         record, ids, count = data.examples[index]
@@ -95,7 +111,11 @@ def make_batch(
     padded = np.zeros((len(mels), tokens), np.int64)
     labels = np.full((len(mels), longest), -100, np.int64)
     for row, index in enumerate(picked):
-        labels[row, : frames[row]] = labels_of(data.examples[index][0], data.tokenizer, frames[row])
+        record = data.examples[index][0]
+        words = list(record.words)
+        if flat and not words:
+            words = flat_words(record, np.asarray(data.pool.mel(record), np.float32))
+        labels[row, : frames[row]] = labels_of(words, data.tokenizer, frames[row])
     for row, (mel, ids) in enumerate(zip(mels, targets, strict=True)):
         cut = min(len(mel), features.shape[1])
         features[row, :cut] = mel[:cut]

@@ -144,6 +144,8 @@ def main() -> None:
     parse.add_argument("--naive", type=float, default=0.0)
     parse.add_argument("--algorithmic", type=float, default=0.0)
     parse.add_argument("--compute", type=float, default=0.0)
+    parse.add_argument("--aligned-only", action="store_true", help="frames with known tokens are all there is to learn")
+    parse.add_argument("--flat", action="store_true", help="guess word times that are not known (clean speech only)")
     parse.add_argument("--align", type=float, default=0.0, help="weight of the loss of frames with known tokens")
     parse.add_argument("--fastemit", type=float, default=0.01)
     parse.add_argument("--hard-from", type=float, default=0.6)
@@ -169,6 +171,7 @@ def main() -> None:
         steps=args.steps, peak_lr=args.lr, warmup=args.warmup, naive=args.naive, algorithmic=args.algorithmic,
         compute=args.compute, fastemit=args.fastemit, hard_from=args.hard_from, mixed=RULES[args.draw],
         dropout=0.0 if args.plain else 0.1, align_weight=args.align,
+        rnnt_weight=float(not args.aligned_only), ctc_weight=0.0 if args.aligned_only else 0.3,
     )  # fmt: skip
     train.examples = [
         (record, ids, frames)
@@ -227,7 +230,7 @@ def main() -> None:
     chances = np.array([schedule.mixed.get(name, 1.0) for name in names])
     began, sums, seen = time.monotonic(), dict[str, float](), 0
     for step, picked in zip(range(first, args.steps), epochs(train, args.frames, rng), strict=False):
-        batch = make_batch(train, picked, config, None if args.plain else rng)
+        batch = make_batch(train, picked, config, None if args.plain else rng, flat=args.flat)
         rule = str(rng.choice(names, p=chances / chances.sum()))
         sampler = ArcSampler(config, schedule, step / args.steps, rule, generator, len(picked))
         for group in optimizer.param_groups:

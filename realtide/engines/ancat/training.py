@@ -33,6 +33,7 @@ class Schedule:
     weight_decay: float = 0.01
     clip: float = 5.0
     dropout: float = 0.1
+    rnnt_weight: float = 1.0
     ctc_weight: float = 0.3
     align_weight: float = 0.0  # of the cross-entropy of frames whose token is known, through the CTC head
     fastemit: float = 0.01
@@ -132,18 +133,15 @@ def losses(
         contexts = torch.stack([history[:, :-1], history[:, 1:]], -1)  # [B, U + 1, 2]
         predicted = model.predictor(contexts)
         ctc_logits = model.ctc(out.rows)
-    last = model.joiner.out
-    total = fused_rnnt_loss(
-        out.rows.float(),
-        predicted.float(),
-        last.weight,
-        last.bias,
-        batch.targets,
-        batch.frames,
-        batch.lengths,
-        fastemit=schedule.fastemit,
-    )
-    parts = {"rnnt": total}
+    parts: dict[str, Tensor] = {}
+    total = out.rows.new_zeros((), dtype=torch.float32)
+    if schedule.rnnt_weight:
+        last = model.joiner.out
+        parts["rnnt"] = fused_rnnt_loss(
+            out.rows.float(), predicted.float(), last.weight, last.bias, batch.targets, batch.frames, batch.lengths,
+            fastemit=schedule.fastemit,
+        )  # fmt: skip
+        total = total + schedule.rnnt_weight * parts["rnnt"]
     if schedule.ctc_weight:
         log_probs = F.log_softmax(ctc_logits.float(), -1).transpose(0, 1)
         each = F.ctc_loss(
