@@ -241,7 +241,10 @@ def main() -> None:
             continue
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(parts["total"])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+        if not bool(torch.isfinite(norm)):
+            report({"step": step, "skipped": f"gradient is not finite ({rule})"})
+            continue
         optimizer.step()
         average(shadow, model, min(0.998, (1 + step - first) / (10 + step - first)))
         for name, value in parts.items():

@@ -68,9 +68,13 @@ class EncoderConfig:
         """
         return step_frames + self.right + 1
 
-    def ring(self, step_frames: int) -> int:
-        """Rows of a layer's rings per stream: left context of the oldest waiting node, and all that wait."""
-        return max(self.left, self.kernel - 1) + self.waiting(step_frames)
+    def long_ring(self, step_frames: int) -> int:
+        """Rows of keys and values a stream and layer: left context of the oldest waiting node, and all after."""
+        return self.left + self.waiting(step_frames)
+
+    def short_ring(self, step_frames: int) -> int:
+        """Rows of what waits, and of the depthwise kernel's past, a stream and layer."""
+        return max(self.waiting(step_frames), self.kernel - 1 + step_frames)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
@@ -98,17 +102,17 @@ def state_shapes(config: EncoderConfig, step_frames: int) -> dict[str, tuple[int
 
     An array has ``slots * rows`` rows.
     """
-    rows = config.ring(step_frames)
+    long, short = config.long_ring(step_frames), config.short_ring(step_frames)
     shapes: dict[str, tuple[int, tuple[int, ...], str]] = {
         "counts": (1, (config.layers,), "int64"),
         "newest": (1, (config.layers,), "int64"),
     }
     for layer in range(config.layers):
-        shapes[f"key_{layer}"] = (rows, (config.dim,), "float32")
-        shapes[f"value_{layer}"] = (rows, (config.dim,), "float32")
+        shapes[f"key_{layer}"] = (long, (config.dim,), "float32")
+        shapes[f"value_{layer}"] = (long, (config.dim,), "float32")
         if config.rule != "causal":
-            shapes[f"residual_{layer}"] = (rows, (config.dim,), "float32")
-            shapes[f"depth_{layer}"] = (rows, (), "int64")
-            shapes[f"available_{layer}"] = (rows, (), "int64")
-        shapes[f"conv_{layer}"] = (rows, (config.dim,), "float32")
+            shapes[f"residual_{layer}"] = (short, (config.dim,), "float32")
+            shapes[f"depth_{layer}"] = (short, (), "int64")
+            shapes[f"available_{layer}"] = (short, (), "int64")
+        shapes[f"conv_{layer}"] = (short, (config.dim,), "float32")
     return shapes

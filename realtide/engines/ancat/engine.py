@@ -134,8 +134,12 @@ class AncatEngine:
         decode = model.decoder.new_state(options)
         frontend = Frontend(options.sample_rate, model.frontend, mean=model.mean, std=model.std)
         lease = self._pool.take()
-        self._rows.zero(lease.slot)
-        return self._session(lease, frontend, decode)
+        try:
+            self._rows.zero(lease.slot)
+            return self._session(lease, frontend, decode)
+        except BaseException:
+            lease.free()
+            raise
 
     def restore(self, checkpoint: bytes, options: SpeechOptions | None = None) -> SpeechSession:
         """Take a slot and continue an exported session, bit for bit.

@@ -122,7 +122,7 @@ def write_bundle(
     tokenizer: Path,
     manifest: Mapping[str, Any],
     *,
-    step_frames: int = 8,
+    step_frames: int = 12,
     frontend: FrontendConfig | None = None,
     word_times: Mapping[str, float] | None = None,
 ) -> Manifest:

@@ -126,7 +126,7 @@ def cap_depths(
     wanted = clip_depths(depths, lengths)
     steps = wanted.shape[-1]
     at = np.arange(steps)
-    # The end is "frame" number `end`. Who asks for more than there is waits for it; padding never waits.
+    # The end is "frame" number `end`. Who asks for more than there is waits for it; padding never does.
     count = np.asarray(steps if lengths is None else lengths)
     end = np.broadcast_to(count[..., None], (*wanted.shape[:-2], steps))
     asked = np.where((at < end)[..., None, :], np.asarray(depths), 0)

@@ -3,20 +3,20 @@
 Every layer is a queue of nodes in frame order. A frame that arrives at a layer at once gets its keys,
 values and lookahead depth; it leaves as soon as the frames it attends to exist, never earlier and never
 later. So a call may resolve none or many nodes of a stream in any layer. All linear work runs on *packed*
-rows (only real nodes, of all streams together); only attention is padded, to Q = `step_frames` lanes a
-stream. A stream without news costs nothing.
+rows (only real nodes, of all streams together); only attention is padded, to as many lanes a stream as the
+call's busiest stream resolves. A stream without news costs nothing.
 
-A call resolves at most Q nodes of a stream in a layer. Where a burst leaves more, `more` is set for the
+A call resolves at most Q = `step_frames` nodes of a stream in a layer. Where a burst leaves more, `more` is set for the
 stream and the caller calls again at once with no new frames; layers above know of the backlog and do not
 mistake it for missing future.
 
 State per layer, in row rings of W rows a slot, addressed ``slot * W + position % W``, so that nothing
-ever moves and one index serves all rings of a layer and the next layer's too:
+ever moves and an index serves all rings of one length, of a layer and of the next:
 
-    key, value [dim]       of inputs
-    residual [dim]         inputs that wait
-    depth, available []    of those
-    conv [dim]             gated inputs of the depthwise kernel
+    long    key, value [dim]       of inputs
+    short   residual [dim]         inputs that wait
+            depth, available []    of those
+            conv [dim]             gated inputs of the depthwise kernel
 
 and ``counts`` [slots, layers], nodes resolved so far, ``newest`` [slots, layers], the availability of the
 last of them. *Availability* of a node is the index of the newest encoder input frame that had to exist
@@ -57,7 +57,8 @@ class Nodes:
     """Packed nodes between layers."""
 
     x: Tensor  # [N, dim]; the rest [N]
-    index: Tensor  # ring row
+    long: Tensor  # row in the long rings
+    short: Tensor  # row in the short rings
     stream: Tensor  # 0..B-1
     position: Tensor
     available: Tensor
@@ -67,7 +68,8 @@ class Nodes:
 class Streams:
     """What a layer needs to know of the B streams, each [B, 1]."""
 
-    base: Tensor  # first ring row
+    long: Tensor  # first row in the long rings
+    short: Tensor  # first row in the short rings
     seen: Tensor  # newest input frame
     least: Tensor  # least keep score of an open arc
     cap: Tensor
@@ -85,7 +87,7 @@ class StreamStep(nn.Module):
         self.encoder = encoder
         self.config = encoder.config
         self.step_frames = step_frames
-        self.rows = self.config.ring(step_frames)
+        self.long, self.short = self.config.long_ring(step_frames), self.config.short_ring(step_frames)
         self.names = tuple(state_shapes(self.config, step_frames))
 
     def forward(
@@ -114,9 +116,15 @@ class StreamStep(nn.Module):
         states = dict(zip(self.names, state, strict=True))
         counts = torch.split(states["counts"].index_select(0, slots), 1, 1)
         newest = torch.split(states["newest"].index_select(0, slots), 1, 1)
-        base, inputs = (slots * self.rows).unsqueeze(1), arrived.unsqueeze(1)
-        index = (slots * self.rows).index_select(0, stream) + position % self.rows
-        nodes = Nodes(self.encoder.subsample(windows), index, stream, position, position)
+        inputs, long, short = arrived.unsqueeze(1), slots * self.long, slots * self.short
+        nodes = Nodes(
+            self.encoder.subsample(windows),
+            long.index_select(0, stream) + position % self.long,
+            short.index_select(0, stream) + position % self.short,
+            stream,
+            position,
+            position,
+        )
         lanes = (
             torch.arange(slots.shape[0], device=slots.device)
             .unsqueeze(1)
@@ -125,7 +133,8 @@ class StreamStep(nn.Module):
         )
         none = (inputs < 0) & (inputs > 0)
         streams = Streams(
-            base,
+            long.unsqueeze(1),
+            short.unsqueeze(1),
             inputs - 1,
             least.unsqueeze(1),
             cap.unsqueeze(1),
@@ -158,8 +167,7 @@ class LayerStep:
     def __init__(self, config: EncoderConfig, step_frames: int) -> None:
         self.config = config
         self.lanes = step_frames
-        self.rows = config.ring(step_frames)
-        self.past = self.rows - config.waiting(step_frames)  # ring rows before the oldest node that waits
+        self.long, self.short = config.long_ring(step_frames), config.short_ring(step_frames)
 
     def adaptive(
         self,
@@ -178,34 +186,33 @@ class LayerStep:
         """
         residual, key, value, scores = block.arrive(nodes.x)
         depth = self.depth(scores, nodes, streams.least)
-        arrivals = {
-            "key": key,
-            "value": value,
-            "residual": residual,
-            "depth": depth,
-            "available": nodes.available,
-        }
-        for name, values in arrivals.items():
-            self.write(states, name, layer, nodes.index, values)
+        self.write(states, "key", layer, nodes.long, key)
+        self.write(states, "value", layer, nodes.long, value)
+        for name, values in (("residual", residual), ("depth", depth), ("available", nodes.available)):
+            self.write(states, name, layer, nodes.short, values)
 
-        window = self.window(streams.base, done)
+        recent = self.recent(streams, done)
         node = done + torch.arange(self.lanes + 1, device=done.device)
-        count, attended, available = self.readiness(states, layer, window, node, streams, done, last)
+        count, attended, available = self.readiness(states, layer, recent, node, streams, done, last)
         fit = count.clamp(max=self.lanes)
         ready = torch.arange(self.lanes, device=done.device) < fit
         flat = ready.flatten().nonzero().squeeze(1)  # lane numbers of resolved nodes, stream * Q + lane
-        index = pick(window[:, self.past : self.past + self.lanes], flat)
-        waited = states[f"residual_{layer}"].index_select(0, index)
+        stream, position = streams.lanes.index_select(0, flat), pick(node[:, : self.lanes], flat)
+        kernel = self.config.kernel
+        short = pick(recent[:, kernel - 1 : kernel - 1 + self.lanes], flat)
+        long = streams.long.flatten().index_select(0, stream) + position % self.long
+        waited = states[f"residual_{layer}"].index_select(0, short)
+        lane = ready.to(torch.int64).amax(0).nonzero().squeeze(1)  # 0 .. most nodes of a stream - 1
+        offset = position - done.flatten().index_select(0, stream)
         mixed = self.attend(
-            block, layer, states, block.queries(waited), flat, window, done, attended[:, : self.lanes]
+            block, layer, states, block.queries(waited), stream, offset, lane, streams, done, attended
         )
-        x = self.convolve(block, layer, states, waited + block.attention_out(mixed), flat, index, window)
+        x = self.convolve(block, layer, states, waited + block.attention_out(mixed), flat, short, recent)
         available = available[:, : self.lanes]
         latest = torch.where(ready, available, last).amax(1, keepdim=True)
         streams.arrived = done + fit
         streams.more = streams.more | (count > self.lanes)
-        stream, position = streams.lanes.index_select(0, flat), pick(node[:, : self.lanes], flat)
-        return Nodes(x, index, stream, position, pick(available, flat)), latest
+        return Nodes(x, long, short, stream, position, pick(available, flat)), latest
 
     def causal(
         self,
@@ -219,13 +226,17 @@ class LayerStep:
     ) -> tuple[Nodes, Tensor]:
         """The same layer without lookahead: nothing waits, so nothing is scheduled, queued or packed anew."""
         residual, key, value, _ = block.arrive(nodes.x)
-        self.write(states, "key", layer, nodes.index, key)
-        self.write(states, "value", layer, nodes.index, value)
-        window = self.window(streams.base, done)
-        flat = nodes.stream * self.lanes + nodes.position - done.squeeze(1).index_select(0, nodes.stream)
-        mixed = self.attend(block, layer, states, block.queries(residual), flat, window, done, None)
+        self.write(states, "key", layer, nodes.long, key)
+        self.write(states, "value", layer, nodes.long, value)
+        recent = self.recent(streams, done)
+        offset = nodes.position - done.flatten().index_select(0, nodes.stream)
+        flat = nodes.stream * self.lanes + offset
+        new = torch.arange(self.lanes, device=done.device) < streams.arrived - done
+        lane = new.to(torch.int64).amax(0).nonzero().squeeze(1)
+        queries = block.queries(residual)
+        mixed = self.attend(block, layer, states, queries, nodes.stream, offset, lane, streams, done, None)
         nodes.x = self.convolve(
-            block, layer, states, residual + block.attention_out(mixed), flat, nodes.index, window
+            block, layer, states, residual + block.attention_out(mixed), flat, nodes.short, recent
         )
         # As a maximum with what was read, so that no runtime may update the state before it is read.
         streams.arrived = torch.maximum(streams.arrived, done)
@@ -235,9 +246,11 @@ class LayerStep:
         """Write rows [n, ...] of a ring of this layer."""
         states[f"{name}_{layer}"] = write_rows(states[f"{name}_{layer}"], index, values)
 
-    def window(self, base: Tensor, done: Tensor) -> Tensor:
-        """Ring rows [B, W] of positions done - past .. done + waiting - 1 in order of position."""
-        return base + (done + torch.arange(-self.past, self.rows - self.past, device=done.device)) % self.rows
+    def recent(self, streams: Streams, done: Tensor) -> Tensor:
+        """Short ring rows [B, kernel - 1 + waiting] of positions done - kernel + 1 .. in order of position."""
+        width = self.config.waiting(self.lanes)
+        offset = torch.arange(1 - self.config.kernel, width, device=done.device)
+        return streams.short + (done + offset) % self.short
 
     def depth(self, scores: Tensor | None, nodes: Nodes, least: Tensor) -> Tensor:
         """Frames ahead that each input [N] asks for."""
@@ -251,7 +264,7 @@ class LayerStep:
         self,
         states: dict[str, Tensor],
         layer: int,
-        window: Tensor,
+        recent: Tensor,
         node: Tensor,
         streams: Streams,
         done: Tensor,
@@ -266,7 +279,7 @@ class LayerStep:
         right, columns, device = self.config.right, self.lanes + 1, done.device
         order, reach = torch.arange(columns, device=device), torch.arange(right + 1, device=device)
         inputs = streams.arrived - done
-        rows = window[:, self.past :]
+        rows = recent[:, self.config.kernel - 1 :]
         there = torch.arange(rows.shape[1], device=device) < inputs
         available = torch.where(there, lookup(states[f"available_{layer}"], rows), ABSENT)
         depth = lookup(states[f"depth_{layer}"], rows[:, :columns])
@@ -294,37 +307,45 @@ class LayerStep:
         layer: int,
         states: dict[str, Tensor],
         queries: Tensor,
-        flat: Tensor,
-        window: Tensor,
+        stream: Tensor,
+        offset: Tensor,
+        lane: Tensor,
+        streams: Streams,
         done: Tensor,
         attended: Tensor | None,
     ) -> Tensor:
-        """Attention of packed queries [M, dim] at lanes `flat` [M] over their streams' rings -> [M, dim].
+        """Attention of packed queries [M, dim], node done + `offset` [M] of `stream` [M], -> [M, dim].
 
-        `attended` [B, Q], frames that each lane attends to from itself on; None: itself only.
+        `lane` [L] counts up to the most nodes of a stream, which is known only at run time; `attended` [B, Q+1],
+        frames that each lane attends to from itself on; None: itself only.
         """
         heads, left, right, dim = self.config.heads, self.config.left, self.config.right, self.config.dim
-        batch, device = window.shape[0], done.device
-        lane = torch.arange(self.lanes, device=device).unsqueeze(1)
-        offset = torch.arange(-left, self.lanes + right, device=device)  # of keys, from `done`
-        padded = torch.ops.aten.index_put(queries.new_zeros(batch * self.lanes, dim), [flat], queries)
-        q = padded.view(batch, self.lanes, heads, -1).transpose(1, 2)
-        rows = window[:, self.past - left : self.past + self.lanes + right]
-        k = F.embedding(rows, states[f"key_{layer}"]).view(batch, offset.shape[0], heads, -1).transpose(1, 2)
-        v = (
-            F.embedding(rows, states[f"value_{layer}"])
-            .view(batch, offset.shape[0], heads, -1)
+        batch, lanes, device = done.shape[0], lane.shape[0], done.device
+        padded = queries.new_zeros(batch * lanes, dim)
+        place = stream * lanes + offset
+        q = torch.ops.aten.index_put(padded, [place], queries).view(batch, lanes, heads, dim // heads)
+        q = q.transpose(1, 2)
+        # Keys from done - left to the last lane's last: what is common to all lanes, then one for each.
+        reach = torch.cat([torch.arange(-left, right, device=device), lane + right])
+        key_at = done + reach
+        rows = streams.long + key_at % self.long
+        k, v = (
+            F.embedding(rows, states[f"{name}_{layer}"])
+            .view(batch, left + right + lanes, heads, dim // heads)
             .transpose(1, 2)
+            for name in ("key", "value")
         )
-        rel = offset - lane  # [Q, K]
-        bias = block.relative[:, (rel + left).clamp(0, left + right)]
-        bias = torch.where((rel >= -left) & (rel <= right), bias, -1e9)
-        exists = (offset + done >= 0).unsqueeze(1)
-        seen = exists & (rel < (1 if attended is None else attended.unsqueeze(2)))
-        score = torch.matmul(q, k.transpose(-1, -2)) + bias
+        rel = reach - lane.unsqueeze(1)  # [L, K]
+        table = F.pad(block.relative, (1, 1), value=-1e9)  # its ends stand for what no query may see
+        bias = table.index_select(1, (rel + left + 1).clamp(0, left + right + 2).flatten())
+        if attended is None:
+            seen = (key_at >= 0).unsqueeze(1) & (rel <= 0)
+        else:
+            seen = (key_at >= 0).unsqueeze(1) & (rel < attended.index_select(1, lane).unsqueeze(2))
+        score = torch.matmul(q, k.transpose(-1, -2)) + bias.view(heads, lanes, left + right + lanes)
         probs = torch.where(seen.unsqueeze(1), score, -1e9).softmax(-1)
-        mixed = torch.matmul(probs, v).transpose(1, 2).reshape(batch * self.lanes, dim)
-        return mixed.index_select(0, flat)
+        mixed = torch.matmul(probs, v).transpose(1, 2).reshape(batch * lanes, dim)
+        return mixed.index_select(0, place)
 
     def convolve(
         self,
@@ -334,14 +355,17 @@ class LayerStep:
         x: Tensor,
         flat: Tensor,
         index: Tensor,
-        window: Tensor,
+        recent: Tensor,
     ) -> Tensor:
-        """Causal convolution over the ring (zero in a fresh slot), then the block's end: [M, dim] -> same."""
+        """Causal convolution over the ring, then the block's end; x [M, dim] -> [M, dim].
+
+        A fresh slot's ring is zero, which is what stands before the first frame.
+        """
         kernel, device = self.config.kernel, x.device
         self.write(states, "conv", layer, index, block.conv.enter(x))
         lane = torch.arange(self.lanes, device=device).unsqueeze(1)
-        columns = (self.past + lane + torch.arange(1 - kernel, 1, device=device)).flatten()
-        taps = window.index_select(1, columns).view(-1, kernel)  # [B * Q, kernel]
+        columns = (lane + torch.arange(kernel, device=device)).flatten()
+        taps = recent.index_select(1, columns).view(-1, kernel)  # [B * Q, kernel]
         past = F.embedding(taps.index_select(0, flat), states[f"conv_{layer}"])
         return block.finish(x, block.conv.leave(past))
 
