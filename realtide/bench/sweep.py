@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jiwer
 import numpy as np
 import numpy.typing as npt
 
 from realtide.bench.pools import Pool, Utterance
-from realtide.bench.recognize import Recognized
 from realtide.engines.ancat import latency
+
+if TYPE_CHECKING:
+    from realtide.bench.recognize import Recognized
 
 _RESAMPLES, _SEED = 2000, 2305
 LOADED = 0.8  # of one processor: the second user-perceived latency
