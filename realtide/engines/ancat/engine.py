@@ -151,7 +151,7 @@ class AncatEngine:
         parts = unpack(checkpoint)
         try:
             frontend = Frontend.restore(parts.front, model.frontend, mean=model.mean, std=model.std)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointMismatch(f"front end state does not fit this model: {error}") from None
         kept = None if options is None else replace(options, sample_rate=frontend.sample_rate)
         state = model.decoder.restore(parts.decode, kept)
@@ -160,7 +160,7 @@ class AncatEngine:
             self._rows.load(lease.slot, parts.rows)
             session = self._session(lease, frontend, state)
             session.resume_at(parts.plain, parts.held)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             lease.free()
             raise CheckpointMismatch(f"checkpoint does not fit this model: {error}") from None
         except BaseException:

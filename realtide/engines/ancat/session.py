@@ -287,5 +287,5 @@ def unpack(checkpoint: bytes) -> Exported:
         }
         rows, decode = tensors["rows"].tobytes(), tensors["decode"].tobytes()
         return Exported(plain, front, rows, decode, np.asarray(tensors["held"], np.float32))
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointMismatch(f"checkpoint is damaged: {error!r}") from None

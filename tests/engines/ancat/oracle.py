@@ -43,6 +43,8 @@ def wild(config: EncoderConfig, seed: int = 0) -> Transducer:
         for module in model.encoder.blocks:
             block: Block = module  # type: ignore[assignment]
             torch.nn.init.normal_(block.relative)
+            for branch in (block.ff1.down, block.ff2.down, block.attention_out, block.conv.out):
+                torch.nn.init.normal_(branch.weight, std=0.4)
             if block.scheduler is not None:
                 torch.nn.init.normal_(block.scheduler.out.weight, std=2.0)
     return model
