@@ -1,7 +1,9 @@
 """The contract between the server and an engine (ours; architecture rules 1, 3 and 5).
 
-An engine advances many *sessions* in batched steps. The executor thread owns the engine and every session of it: all
-methods below are called from that one thread, so engines need no locks. An engine knows nothing of gRPC or asyncio:
+An engine advances many *sessions* in batched steps. The executor thread owns the engine and every session
+of it: all
+methods below are called from that one thread, so engines need no locks. An engine knows nothing of gRPC or
+asyncio:
 inputs and events are the engine's own plain dataclasses, which the server's services translate.
 """
 
@@ -20,7 +22,10 @@ class CheckpointMismatch(Exception):
 
 
 class Session(Protocol):
-    """One live stream's state. Every method may be called at any time, also after an error and after `close`."""
+    """One live stream's state.
+
+    Every method may be called at any time, also after an error and after `close`.
+    """
 
     @property
     def done(self) -> bool:
@@ -99,7 +104,8 @@ class Engine(Protocol):
     def step(self, sessions: Sequence[Session], on_stage: StageTimer) -> list[list[Any]]:
         """Advance runnable sessions (at most `max_batch`, equal keys) by one step.
 
-        Returns the events of each session, in order. A failure of one session's data must not harm the others.
+        Returns the events of each session, in order. A failure of one session's data must not harm the
+        others.
         `on_stage` is told how long each stage of the step took.
         """
         ...

@@ -67,7 +67,10 @@ def spec_augment(mel: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.
 
 
 def flat_words(record: Record, mel: npt.NDArray[np.float32]) -> list[tuple[str, float, float]]:
-    """A first guess at word times [s]: the words share the span of loud frames by their letters. mel [F, 80], clean speech."""
+    """A first guess at word times [s] of clean speech `mel` [F, 80].
+
+    The words share the span of loud frames by their letters.
+    """
     loudness = mel.mean(1)
     low, high = np.percentile(loudness, [10, 95])
     loud = np.flatnonzero(loudness > low + 0.4 * (high - low))
@@ -83,7 +86,10 @@ def flat_words(record: Record, mel: npt.NDArray[np.float32]) -> list[tuple[str, 
 def labels_of(
     words: Sequence[tuple[str, float, float]], tokenizer: Tokenizer, frames: int
 ) -> npt.NDArray[np.int64]:
-    """Token of each encoder frame [frames] from word times [s] (a word's tokens share its time); -100 if there are none."""
+    """Token of each encoder frame [frames] from word times [s]; -100 if there are none.
+
+    A word's tokens share its time.
+    """
     labels = np.full(frames, 0 if words else -100, np.int64)
     for word, start, end in words:
         ids = np.array(tokenizer.encode(word))
@@ -95,9 +101,17 @@ def labels_of(
 
 
 def make_batch(
-    data: Corpus, picked: Sequence[int], config: EncoderConfig, rng: np.random.Generator | None, *, flat: bool = False
+    data: Corpus,
+    picked: Sequence[int],
+    config: EncoderConfig,
+    rng: np.random.Generator | None,
+    *,
+    flat: bool = False,
 ) -> Batch:
-    """Stack examples; with a generator they are SpecAugmented. `flat`: guess word times that are not known."""
+    """Stack examples; with a generator they are SpecAugmented.
+
+    `flat`: guess word times that are not known.
+    """
     mels, targets, frames = [], [], []
     for index in picked:
         record, ids, count = data.examples[index]

@@ -1,6 +1,7 @@
 """A pool of the training clips as they are, and digit strings of them: what training starts on (ours).
 
-Alignments are found an order of magnitude sooner on clean speech; the augmented pool of prepare.py takes over from there.
+Alignments are found an order of magnitude sooner on clean speech; the augmented pool of prepare.py takes
+over from there.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Score a bundle on prepared test sets, through the very engine that serves it (streaming, ONNX Runtime; ours).
+"""Score a bundle on prepared test sets, through the very engine that serves it (ours).
 
-    evaluate.py --bundle models/ancat-commands-en --sets EVAL/digits_test EVAL/strings_test ... --out scores.json
+    evaluate.py --bundle models/ancat-commands-en --sets EVAL/digits_test ... --out scores.json
 
-Every utterance is a session of its own with the server's default options; finals are joined. Where word times are known
-exactly (digit strings), the offsets between them and the times that the engine reports are summarised too: on development
-strings they calibrate the manifest's `word_times`, on test strings they are scores.
+Every utterance is a streaming session of its own with the server's default options; finals are joined. Where
+word times are known exactly (digit strings), the offsets between them and the times that the engine reports
+are summarised too: on development strings they calibrate the manifest's `word_times`, on test strings they
+are scores.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def transcribe(
 
 
 def word_times(pool: Pool, words: dict[str, list[Word]]) -> dict[str, float] | None:
-    """Reported minus true times [ms] of words in utterances that were recognized word for word; None without any."""
+    """Reported minus true times [ms] of words where every word was recognized; None without any."""
     starts: list[float] = []
     ends: list[float] = []
     for record in pool.records:

@@ -118,7 +118,9 @@ def start_from(model: Transducer, path: Path) -> None:
 def main() -> None:
     """Command line."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--pool", type=Path, required=True, help="training pool")
+    parse.add_argument(
+        "--pool", type=Path, nargs="+", required=True, help="training pools; a step draws one of them"
+    )
     parse.add_argument("--dev", type=Path, nargs="+", required=True, help="pools to look at while training")
     parse.add_argument("--cmvn", type=Path, required=True, help="mean and standard deviation of the features")
     parse.add_argument("--tokenizer", type=Path, required=True)
@@ -144,9 +146,15 @@ def main() -> None:
     parse.add_argument("--naive", type=float, default=0.0)
     parse.add_argument("--algorithmic", type=float, default=0.0)
     parse.add_argument("--compute", type=float, default=0.0)
-    parse.add_argument("--aligned-only", action="store_true", help="frames with known tokens are all there is to learn")
-    parse.add_argument("--flat", action="store_true", help="guess word times that are not known (clean speech only)")
-    parse.add_argument("--align", type=float, default=0.0, help="weight of the loss of frames with known tokens")
+    parse.add_argument(
+        "--aligned-only", action="store_true", help="frames with known tokens are all there is to learn"
+    )
+    parse.add_argument(
+        "--flat", action="store_true", help="guess word times that are not known (clean speech only)"
+    )
+    parse.add_argument(
+        "--align", type=float, default=0.0, help="weight of the loss of frames with known tokens"
+    )
     parse.add_argument("--fastemit", type=float, default=0.01)
     parse.add_argument("--hard-from", type=float, default=0.6)
     parse.add_argument("--evaluate-every", type=int, default=500)
@@ -164,8 +172,9 @@ def main() -> None:
     right = 15 if common else 0 if args.rule == "causal" else args.right
     config = EncoderConfig(rule="adaptive" if common else args.rule, right=right, vocab=tokenizer.vocabulary)
     cmvn = np.load(args.cmvn)
-    train, *devs = (
-        corpus(load_pool(path), tokenizer, cmvn, config.stride) for path in (args.pool, *args.dev)
+    trains, devs = (
+        [corpus(load_pool(path), tokenizer, cmvn, config.stride) for path in paths]
+        for paths in (args.pool, args.dev)
     )
     schedule = Schedule(
         steps=args.steps, peak_lr=args.lr, warmup=args.warmup, naive=args.naive, algorithmic=args.algorithmic,
@@ -173,11 +182,12 @@ def main() -> None:
         dropout=0.0 if args.plain else 0.1, align_weight=args.align,
         rnnt_weight=float(not args.aligned_only), ctc_weight=0.0 if args.aligned_only else 0.3,
     )  # fmt: skip
-    train.examples = [
-        (record, ids, frames)
-        for record, ids, frames in train.examples
-        if frames <= args.longest and (not args.sets or record.set in args.sets)
-    ]
+    for train in trains:
+        train.examples = [
+            (record, ids, frames)
+            for record, ids, frames in train.examples
+            if frames <= args.longest and (not args.sets or record.set in args.sets)
+        ]
     model = Transducer(config)
     if args.init:
         start_from(model, args.init)
@@ -229,7 +239,10 @@ def main() -> None:
     names = list(schedule.mixed) or [config.rule]
     chances = np.array([schedule.mixed.get(name, 1.0) for name in names])
     began, sums, seen = time.monotonic(), dict[str, float](), 0
-    for step, picked in zip(range(first, args.steps), epochs(train, args.frames, rng), strict=False):
+    streams = [epochs(train, args.frames, rng) for train in trains]
+    for step in range(first, args.steps):
+        drawn = int(rng.integers(len(trains)))
+        train, picked = trains[drawn], next(streams[drawn])
         batch = make_batch(train, picked, config, None if args.plain else rng, flat=args.flat)
         rule = str(rng.choice(names, p=chances / chances.sum()))
         sampler = ArcSampler(config, schedule, step / args.steps, rule, generator, len(picked))

@@ -69,7 +69,7 @@ class EncoderConfig:
         return step_frames + self.right + 1
 
     def long_ring(self, step_frames: int) -> int:
-        """Rows of keys and values a stream and layer: left context of the oldest waiting node, and all after."""
+        """Rows of keys and values a stream and layer: the oldest waiting node's past, and all after."""
         return self.left + self.waiting(step_frames)
 
     def short_ring(self, step_frames: int) -> int:

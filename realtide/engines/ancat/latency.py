@@ -101,7 +101,8 @@ def cap_depths(
 ) -> tuple[Ints, Ints]:
     """Cuts depths so that no output of any layer needs audio more than `cap` frames ahead.
 
-    The effective depth e[l, i] is the largest e <= depth with A[l - 1, i + e] <= i + cap: a node stops waiting
+    The effective depth e[l, i] is the largest e <= depth with A[l - 1, i + e] <= i + cap: a node stops
+    waiting
     at its deadline, input frame i + cap, and goes on with what it has. A node that was cut so (e < depth)
     has waited until then: A[l, i] = max(A[l, i - 1], i + cap). It cannot give up earlier, whatever it knows
     of the frames below: if the stream ended before the deadline, everything below would be resolved at once

@@ -139,7 +139,7 @@ class Block(nn.Module):
         self.conv = Convolution(config)
         self.ff2 = FeedForward(config)
         with torch.no_grad():
-            # Residual branches start small: gradients reach the front end at once, and learning starts sooner.
+            # Residual branches start small: gradients reach the front end at once.
             for branch in (self.ff1.down, self.ff2.down, self.attention_out, self.conv.out):
                 branch.weight.mul_(0.3)
                 branch.bias.mul_(0.3)

@@ -37,9 +37,12 @@ def windows_of(features: Tensor, config: EncoderConfig) -> Tensor:
     return padded.unfold(1, config.window, config.stride)[:, :count].transpose(2, 3)
 
 
-def span(keep: Tensor) -> Tensor:
-    """Keep probabilities [..., R] -> span arcs a[r] = prod over s <= r of p[s]."""
-    return keep.cumprod(-1)
+def span(logits: Tensor) -> Tensor:
+    """Span arcs a[r] = prod over s <= r of p[s] from the logits [..., R] of the keep probabilities p.
+
+    As a sum of logarithms: the gradient of a plain product divides by probabilities that may be zero.
+    """
+    return F.logsigmoid(logits).cumsum(-1).exp()
 
 
 def hard_depth(scores: Tensor, least: Tensor | float, *, is_span: bool = True) -> Tensor:
@@ -115,7 +118,7 @@ def attend(
     bias = block.relative[:, (rel + left).clamp(0, left + right)]
     score = torch.matmul(q, k.transpose(-1, -2)).float() + bias
     seen = weight.unsqueeze(1)
-    top = score.detach().masked_fill(seen <= 0, -1e4).amax(-1, keepdim=True)
+    top = score.detach().masked_fill(seen < 0.5, -1e4).amax(-1, keepdim=True)
     mass = torch.exp((score - top).clamp(max=20.0)) * seen
     probs = mass / mass.sum(-1, keepdim=True).clamp_min(1e-6)
     mixed = torch.matmul(probs.to(v.dtype), v).transpose(1, 2).reshape(batch, frames, dim)

@@ -6,7 +6,8 @@ later. So a call may resolve none or many nodes of a stream in any layer. All li
 rows (only real nodes, of all streams together); only attention is padded, to as many lanes a stream as the
 call's busiest stream resolves. A stream without news costs nothing.
 
-A call resolves at most Q = `step_frames` nodes of a stream in a layer. Where a burst leaves more, `more` is set for the
+A call resolves at most Q = `step_frames` nodes of a stream in a layer. Where a burst leaves more, `more` is
+set for the
 stream and the caller calls again at once with no new frames; layers above know of the backlog and do not
 mistake it for missing future.
 
@@ -247,7 +248,7 @@ class LayerStep:
         states[f"{name}_{layer}"] = write_rows(states[f"{name}_{layer}"], index, values)
 
     def recent(self, streams: Streams, done: Tensor) -> Tensor:
-        """Short ring rows [B, kernel - 1 + waiting] of positions done - kernel + 1 .. in order of position."""
+        """Short ring rows [B, kernel - 1 + waiting] of positions from done - kernel + 1 on, in order."""
         width = self.config.waiting(self.lanes)
         offset = torch.arange(1 - self.config.kernel, width, device=done.device)
         return streams.short + (done + offset) % self.short
@@ -316,7 +317,8 @@ class LayerStep:
     ) -> Tensor:
         """Attention of packed queries [M, dim], node done + `offset` [M] of `stream` [M], -> [M, dim].
 
-        `lane` [L] counts up to the most nodes of a stream, which is known only at run time; `attended` [B, Q+1],
+        `lane` [L] counts up to the most nodes of a stream, which is known only at run time; `attended` [B,
+        Q+1],
         frames that each lane attends to from itself on; None: itself only.
         """
         heads, left, right, dim = self.config.heads, self.config.left, self.config.right, self.config.dim

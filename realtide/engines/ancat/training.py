@@ -58,7 +58,10 @@ class Schedule:
 
 @dataclass(slots=True)
 class Batch:
-    """windows [B, T, 7, mel], frames [B], targets [B, U] (0 padded), lengths [B], labels [B, T] (-100: unknown)."""
+    """One batch: windows [B, T, 7, mel], frames [B], targets [B, U] (0 padded), lengths [B].
+
+    labels [B, T] are the tokens of frames where they are known, else -100.
+    """
 
     windows: Tensor
     frames: Tensor
@@ -113,8 +116,8 @@ class ArcSampler:
         z = keep_logits(scores.float())
         uniform = torch.rand(z.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
         noise = (uniform.log() - (-uniform).log1p()) * self.noise
-        keep = torch.sigmoid((z + self.bias + noise) / self.temperature)
-        soft = span(keep) if self.config.span else keep
+        logits = (z + self.bias + noise) / self.temperature
+        soft = span(logits) if self.config.span else torch.sigmoid(logits)
         self.soft.append(soft)
         if not self.hard:
             return soft
@@ -138,7 +141,8 @@ def losses(
     if schedule.rnnt_weight:
         last = model.joiner.out
         parts["rnnt"] = fused_rnnt_loss(
-            out.rows.float(), predicted.float(), last.weight, last.bias, batch.targets, batch.frames, batch.lengths,
+            out.rows.float(), predicted.float(), last.weight, last.bias, batch.targets, batch.frames,
+            batch.lengths,
             fastemit=schedule.fastemit,
         )  # fmt: skip
         total = total + schedule.rnnt_weight * parts["rnnt"]

@@ -1,0 +1,112 @@
+"""Turn a trained checkpoint into the bundle: weights, graphs, tokenizer, manifest (ours).
+
+    bundle.py --checkpoint RUN/final.pt --cmvn FILE --tokenizer FILE --out models/ancat-commands-en
+    [--scores scores.json]
+              [--start-offset-ms X --end-offset-ms Y]
+
+Run it once with no offsets, calibrate word times on the development strings with evaluate.py, and run it
+again with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from realtide.engines.ancat.config import EncoderConfig
+from realtide.engines.ancat.export import write_bundle
+
+SOURCES = [
+    {
+        "name": "Free Spoken Digit Dataset",
+        "licence": "CC-BY-SA-4.0",
+        "url": "https://github.com/Jakobovski/free-spoken-digit-dataset",
+        "use": "digits and digit strings",
+    },
+    {
+        "name": "Picovoice speech-to-intent-benchmark",
+        "licence": "Apache-2.0",
+        "url": "https://github.com/Picovoice/speech-to-intent-benchmark",
+        "use": "coffee orders",
+    },
+    {
+        "name": "Picovoice wake-word-benchmark",
+        "licence": "Apache-2.0",
+        "url": "https://github.com/Picovoice/wake-word-benchmark",
+        "use": "wake phrases",
+    },
+    {
+        "name": "Asterisk core sounds, English (Debian asterisk-core-sounds-en)",
+        "licence": "CC-BY-SA-3.0",
+        "url": "https://packages.debian.org/bookworm/asterisk-core-sounds-en",
+        "use": "telephone prompts",
+    },
+    {
+        "name": "Synthetic speech: espeak-ng, flite, piper",
+        "licence": "output of the synthesizers",
+        "use": "a supplement of about a quarter of the training hours",
+    },
+]
+
+
+def main() -> None:
+    """Command line."""
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--checkpoint", type=Path, required=True)
+    parse.add_argument("--cmvn", type=Path, required=True)
+    parse.add_argument("--tokenizer", type=Path, required=True)
+    parse.add_argument("--out", type=Path, required=True)
+    parse.add_argument("--name", default="ancat-commands-en")
+    parse.add_argument("--created", default="2026-11-23", help="YYYY-MM-DD")
+    parse.add_argument("--scores", type=Path, help="what evaluate.py wrote")
+    parse.add_argument("--start-offset-ms", type=float, default=0.0)
+    parse.add_argument("--end-offset-ms", type=float, default=0.0)
+    args = parse.parse_args()
+    saved = torch.load(args.checkpoint, weights_only=True)
+    config = EncoderConfig.from_dict(saved["config"])
+    weights = {name: value.numpy() for name, value in saved["weights"].items()}
+    bad = [name for name, value in weights.items() if not np.isfinite(value).all()]
+    if bad:
+        raise ValueError(f"{args.checkpoint}: weight {bad[0]} is not finite")
+    cmvn = np.load(args.cmvn)
+    scores = {}
+    if args.scores:
+        for name, values in json.loads(args.scores.read_text()).items():
+            if isinstance(values, dict):
+                scores[name] = {
+                    "utterances": values["utterances"],
+                    "word_error_rate": round(values["rate"], 5),
+                    "interval_95": [round(edge, 5) for edge in values["interval"]],
+                    "exact": round(values["exact"], 5),
+                } | ({"slots": round(values["slots"], 5)} if values["slots"] is not None else {})
+    write_bundle(
+        args.out,
+        config,
+        weights,
+        cmvn[0],
+        cmvn[1],
+        args.tokenizer,
+        {
+            "name": args.name,
+            "version": "1.0.0",
+            "description": "English commands: digits, coffee orders, wake phrases, telephone prompts.",
+            "licence": "CC-BY-SA-4.0",
+            "limits": {"language_codes": ["en-US"], "max_utterance_ms": 60000},
+            "scores": scores,
+            "provenance": {
+                "recipe": "models/ancat-commands-en/recipe/README.md",
+                "created": args.created,
+                "data": SOURCES,
+            },
+            "unverified": ["README.md", "recipe"],
+        },
+        word_times={"start_offset_ms": args.start_offset_ms, "end_offset_ms": args.end_offset_ms},
+    )
+
+
+if __name__ == "__main__":
+    main()
