@@ -7,9 +7,8 @@ rows (only real nodes, of all streams together); only attention is padded, to as
 call's busiest stream resolves. A stream without news costs nothing.
 
 A call resolves at most Q = `step_frames` nodes of a stream in a layer. Where a burst leaves more, `more` is
-set for the
-stream and the caller calls again at once with no new frames; layers above know of the backlog and do not
-mistake it for missing future.
+set for the stream and the caller calls again at once with no new frames; layers above know of the backlog
+and do not mistake it for missing future.
 
 State per layer, in row rings of W rows a slot, addressed ``slot * W + position % W``, so that nothing
 ever moves and an index serves all rings of one length, of a layer and of the next:
