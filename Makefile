@@ -41,9 +41,10 @@ format: $(VENV)/.dev ## Put code and proto into the house style
 	$(BIN)/ruff format -q .
 	$(BIN)/buf format --write
 
-bench: $(VENV)/.dev ## Every benchmark behind a claim in the README
-	$(BIN)/realtide bench speech
-	$(BIN)/realtide bench lookahead
+bench: $(VENV)/.dev ## Benchmarks that need no prepared data; docs/benchmarks.md has the others
+	$(BIN)/realtide bench speech --compare --out benchmarks/results/speech.json
+	$(BIN)/python benchmarks/encoder_cost.py --adaptive models/ancat-commands-en
+	$(BIN)/python benchmarks/memory.py --bundle models/ancat-commands-en
 
 stubs: $(VENV)/.dev ## Generate the Python stubs from proto/
 	$(BIN)/python tools/generate_stubs.py

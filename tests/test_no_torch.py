@@ -13,6 +13,8 @@ ROOT = Path(realtide.__file__).resolve().parent
 NEEDS_TORCH = frozenset(
     {
         # Training and export.
+        "realtide.bench.recognize",
+        "realtide.engines.ancat.export",
         "realtide.engines.ancat.model",
         "realtide.engines.ancat.offline",
         "realtide.engines.ancat.regularizers",
@@ -23,6 +25,7 @@ NEEDS_TORCH = frozenset(
         "realtide.engines.runtime.in_place",
         "realtide.engines.runtime.int8",
         # The torch backend.
+        "realtide.engines.ancat.torch_programs",
         "realtide.engines.runtime.torch_program",
     }
 )

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pool import load_pool
 
 from realtide.engines.ancat.config import EncoderConfig
 from realtide.engines.ancat.export import write_bundle
+from realtide.engines.ancat.frontend import windows_of
 
 SOURCES = [
     {
@@ -63,6 +65,7 @@ def main() -> None:
     parse.add_argument("--name", default="ancat-commands-en")
     parse.add_argument("--created", default="2026-11-23", help="YYYY-MM-DD")
     parse.add_argument("--scores", type=Path, help="what evaluate.py wrote")
+    parse.add_argument("--calibration", type=Path, nargs="*", default=[], help="development pools for int8")
     parse.add_argument("--start-offset-ms", type=float, default=0.0)
     parse.add_argument("--end-offset-ms", type=float, default=0.0)
     args = parse.parse_args()
@@ -73,6 +76,11 @@ def main() -> None:
     if bad:
         raise ValueError(f"{args.checkpoint}: weight {bad[0]} is not finite")
     cmvn = np.load(args.cmvn)
+    calibration = [
+        windows_of(np.asarray(pool.mel(record), np.float32), mean=cmvn[0], std=cmvn[1])
+        for pool in map(load_pool, args.calibration)
+        for record in pool.records[::3][:16]
+    ]
     scores = {}
     if args.scores:
         for name, values in json.loads(args.scores.read_text()).items():
@@ -105,6 +113,7 @@ def main() -> None:
             "unverified": ["README.md", "recipe"],
         },
         word_times={"start_offset_ms": args.start_offset_ms, "end_offset_ms": args.end_offset_ms},
+        calibration=calibration,
     )
 
 

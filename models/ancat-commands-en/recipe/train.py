@@ -90,16 +90,18 @@ def evaluate(
     return {"wer": round(100 * wrong / max(1, count), 2), "arcs": round(float(np.mean(weight)), 3)}
 
 
-def start_from(model: Transducer, path: Path) -> None:
+def start_from(model: Transducer, path: Path, *, schedulers: bool = True) -> None:
     """Load a checkpoint of the common start.
 
     Position biases and schedulers' arcs beyond this model's right context are cut; a scheduler that it does
-    not have is left out. Raises ValueError for any other difference.
+    not have is left out, as are all of them without `schedulers`. Raises ValueError for any other difference.
     """
     weights = torch.load(path, weights_only=True)["weights"]
     own = model.state_dict()
     kept = {}
     for name, value in weights.items():
+        if ".scheduler." in name and not schedulers:
+            continue
         if name not in own:
             if ".scheduler." not in name:
                 raise ValueError(f"{path}: unexpected weight {name}")
@@ -112,7 +114,10 @@ def start_from(model: Transducer, path: Path) -> None:
                 f"{path}: weight {name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}"
             )
         kept[name] = value
-    model.load_state_dict(kept)
+    missing = [name for name in own if name not in kept and (schedulers or ".scheduler." not in name)]
+    if missing:
+        raise ValueError(f"{path}: weight {missing[0]} is missing")
+    model.load_state_dict({**own, **kept})
 
 
 def main() -> None:
@@ -126,6 +131,7 @@ def main() -> None:
     parse.add_argument("--tokenizer", type=Path, required=True)
     parse.add_argument("--out", type=Path, required=True)
     parse.add_argument("--init", type=Path, help="checkpoint of the common start")
+    parse.add_argument("--fresh-schedulers", action="store_true", help="take all of CKPT but the schedulers")
     parse.add_argument("--resume", action="store_true", help="go on from OUT/last.pt")
     parse.add_argument(
         "--draw", default="own", choices=list(RULES), help="how each step draws its rule; own: --rule"
@@ -190,7 +196,7 @@ def main() -> None:
         ]
     model = Transducer(config)
     if args.init:
-        start_from(model, args.init)
+        start_from(model, args.init, schedulers=not args.fresh_schedulers)
     decay: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for weight in model.parameters():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from realtide.engines.ancat.model import JoinerProgram, Transducer
 from realtide.engines.ancat.stream import StreamStep
 from realtide.engines.ancat.torch_programs import OUTPUTS, build
 from realtide.engines.runtime.export import export_program
+from realtide.engines.runtime.int8 import calibrate, quantize_graph
 from realtide.engines.runtime.program import Array
 from realtide.engines.runtime.weights import WeightFile
 
@@ -113,6 +114,50 @@ def export_joiner(model: Transducer, path: Path) -> None:
     export_program(JoinerProgram(model), examples, {}, ["log_probs"], path, dynamic=dynamic, opset=OPSET)
 
 
+def export_int8(
+    config: EncoderConfig, step_frames: int, directory: Path, calibration: Sequence[Float32]
+) -> None:
+    """Write the encoder's int8 graph; activation ranges come from `calibration`."""
+    source = directory / "onnx" / "encoder.onnx"
+    weights = WeightFile(directory / WEIGHTS)
+    state: dict[str, Array] = {
+        name: np.zeros((len(calibration) * rows, *shape), dtype)
+        for name, (rows, shape, dtype) in state_shapes(config, step_frames).items()
+    }
+    ranges = calibrate(source, weights, state, _calls(config, calibration))
+    # Static ranges: fast at any batch, and a stream's words do not depend on who shares its step. The first
+    # products stay float: log-mel reaches far beyond what the layers above see.
+    quantize_graph(
+        source,
+        directory / "onnx" / "encoder.int8.onnx",
+        activations="static",
+        ranges=ranges,
+        select=lambda name: "subsample" not in name and "scheduler" not in name,
+    )
+
+
+def _calls(config: EncoderConfig, calibration: Sequence[Float32]) -> Iterator[dict[str, Array]]:
+    """Play each recording on a slot of its own, 4 frames a call, at the middle of the dial."""
+    for slot, windows in enumerate(calibration):
+        for first in range(0, len(windows), 4):
+            frames = windows[first : first + 4]
+            arrived = first + len(frames)
+            call: dict[str, Array] = {
+                "windows": np.ascontiguousarray(frames, np.float32),
+                "stream": np.zeros(len(frames), np.int64),
+                "position": np.arange(first, arrived),
+                "slots": np.array([slot]),
+                "arrived": np.array([arrived]),
+            }
+            if config.rule != "causal":
+                call |= {
+                    "least": np.full(1, threshold(0.0), np.float32),
+                    "cap": np.array([NO_CAP]),
+                    "final": np.array([int(arrived == len(windows))]),
+                }
+            yield call
+
+
 def write_bundle(
     directory: Path,
     config: EncoderConfig,
@@ -125,6 +170,7 @@ def write_bundle(
     step_frames: int = 12,
     frontend: FrontendConfig | None = None,
     word_times: Mapping[str, float] | None = None,
+    calibration: Sequence[Float32] = (),
 ) -> Manifest:
     """Write everything a server needs into `directory`.
 
@@ -140,6 +186,8 @@ def write_bundle(
         step_frames: most new frames of one stream in one call.
         frontend: features; None: the defaults.
         word_times: calibrated offsets of word starts and ends, milliseconds.
+        calibration: normalised windows [n, window, mel_bins] of representative recordings; with some, the
+            bundle also has an int8 encoder.
 
     Raises:
         ProgramError, BundleError: a graph does not agree with its module, or the manifest is incomplete.
@@ -154,6 +202,13 @@ def write_bundle(
     model = build(config, WeightFile(directory / WEIGHTS))
     export_encoder(model, step_frames, directory / "onnx" / "encoder.onnx")
     export_joiner(model, directory / "onnx" / "joiner.onnx")
+    precisions, encoders = ["float32"], {"float32": "onnx/encoder.onnx"}
+    joiners = {"float32": "onnx/joiner.onnx"}
+    if calibration:
+        export_int8(config, step_frames, directory, calibration)
+        precisions.append("int8")
+        encoders["int8"] = "onnx/encoder.int8.onnx"
+        joiners["int8"] = "onnx/joiner.onnx"  # small, and its input is every score's: it stays float
     shutil.copyfile(tokenizer, directory / "tokenizer.model")
     architecture = {
         "encoder": config.to_dict(),
@@ -166,12 +221,9 @@ def write_bundle(
         {
             "engine": "ancat",
             "architecture": architecture,
-            "precisions": ["float32"],
+            "precisions": precisions,
             "weights": WEIGHTS,
-            "programs": {
-                "encoder": {"float32": "onnx/encoder.onnx"},
-                "joiner": {"float32": "onnx/joiner.onnx"},
-            },
+            "programs": {"encoder": encoders, "joiner": joiners},
             "assets": {"tokenizer": "tokenizer.model"},
             **manifest,
         },
