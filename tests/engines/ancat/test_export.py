@@ -62,11 +62,11 @@ def test_a_causal_encoder_has_no_dial_and_streams_the_same(tmp_path: Path) -> No
     config = small_config(rule="causal", right=0, layers=2)
     model = wild(config)
     path = tmp_path / "causal.onnx"
-    export_encoder(model, 4, path)
+    export_encoder(model, 8, path)
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     state = {
         name: np.zeros((2 * rows, *shape), dtype)
-        for name, (rows, shape, dtype) in state_shapes(config, 4).items()
+        for name, (rows, shape, dtype) in state_shapes(config, 8).items()
     }
     program = OrtProgram(path, weights, state)
     assert [spec.name for spec in program.inputs] == ["windows", "stream", "position", "slots", "arrived"]
