@@ -20,7 +20,7 @@ from pool import load_pool
 
 from realtide.engines.ancat.config import EncoderConfig
 from realtide.engines.ancat.export import write_bundle
-from realtide.engines.ancat.frontend import windows_of
+from realtide.engines.ancat.offline import windows_of
 
 SOURCES = [
     {
@@ -77,7 +77,9 @@ def main() -> None:
         raise ValueError(f"{args.checkpoint}: weight {bad[0]} is not finite")
     cmvn = np.load(args.cmvn)
     calibration = [
-        windows_of(np.asarray(pool.mel(record), np.float32), mean=cmvn[0], std=cmvn[1])
+        windows_of(
+            torch.from_numpy((np.asarray(pool.mel(record), np.float32) - cmvn[0]) / cmvn[1])[None], config
+        )[0].numpy()
         for pool in map(load_pool, args.calibration)
         for record in pool.records[::3][:16]
     ]

@@ -119,7 +119,8 @@ def attend(
     score = torch.matmul(q, k.transpose(-1, -2)).float() + bias
     seen = weight.unsqueeze(1)
     top = score.detach().masked_fill(seen < 0.5, -1e4).amax(-1, keepdim=True)
-    mass = torch.exp((score - top).clamp(max=20.0)) * seen
+    # An open key's score is at most the top; a closed one's gradient must not explode however high it is.
+    mass = torch.exp((score - top).clamp(max=1.0)) * seen
     probs = mass / mass.sum(-1, keepdim=True).clamp_min(1e-6)
     mixed = torch.matmul(probs.to(v.dtype), v).transpose(1, 2).reshape(batch, frames, dim)
     out: Tensor = residual + block.attention_out(mixed)

@@ -1,0 +1,74 @@
+"""The speech bundle that ships: it loads, it is whole, and it says the same in every chunking."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from realtide.bundle import load_bundle, verify
+from realtide.engines.ancat.engine import AncatEngine, load
+from realtide.engines.ancat.session import SpeechSession
+from realtide.engines.ancat.types import Audio, Final, Finish, SpeechEvent, SpeechInput, SpeechOptions
+
+ROOT = Path(__file__).parents[1]
+BUNDLE = ROOT / "models" / "ancat-commands-en"
+AUDIO = ROOT / "tests" / "data" / "audio"
+CLIPS = list(csv.DictReader((AUDIO / "clips.tsv").read_text(encoding="utf-8").splitlines(), delimiter="\t"))
+
+
+def ignore(stage: str, seconds: float, batch: int) -> None:
+    """A stage timer."""
+
+
+@pytest.fixture(scope="module")
+def engine() -> AncatEngine:
+    return load(BUNDLE, slots=len(CLIPS), max_batch=len(CLIPS))
+
+
+def transcribe(engine: AncatEngine, milliseconds: int | None) -> dict[str, list[Final]]:
+    """All clips at once, in chunks or whole."""
+    streams: dict[str, tuple[SpeechSession, list[SpeechInput]]] = {}
+    for clip in CLIPS:
+        samples, rate = soundfile.read(AUDIO / clip["file"], dtype="float32")
+        size = len(samples) if milliseconds is None else rate * milliseconds // 1000
+        session = engine.open(SpeechOptions(sample_rate=rate))
+        chunks = [Audio(samples[k : k + size], 0.0) for k in range(0, len(samples), size)]
+        streams[clip["file"]] = (session, [*chunks, Finish()])
+    events: dict[str, list[SpeechEvent]] = {name: [] for name in streams}
+    while not all(session.done for session, _ in streams.values()):
+        for name, (session, left) in streams.items():
+            if left:
+                events[name].extend(session.push(left.pop(0)))
+        ready = [name for name, (session, _) in streams.items() if session.runnable()]
+        if ready:
+            for name, new in zip(ready, engine.step([streams[n][0] for n in ready], ignore), strict=True):
+                events[name].extend(new)
+    for session, _ in streams.values():
+        session.close()
+    return {name: [e for e in all_ if isinstance(e, Final)] for name, all_ in events.items()}
+
+
+def test_the_bundle_is_whole() -> None:
+    assert verify(load_bundle(BUNDLE)) == []
+
+
+def test_every_chunking_says_the_same_and_most_words_are_right(engine: AncatEngine) -> None:
+    short, whole = transcribe(engine, 37), transcribe(engine, None)
+    right = total = 0
+    for clip in CLIPS:
+        one, two = short[clip["file"]], whole[clip["file"]]
+        assert [(f.text, f.reason, f.utterance) for f in one] == [
+            (f.text, f.reason, f.utterance) for f in two
+        ]
+        assert [(w.text, w.start, w.end) for f in one for w in f.words] == [
+            (w.text, w.start, w.end) for f in two for w in f.words
+        ]
+        said = " ".join(f.text for f in one).split()
+        if clip["set"] in ("fsdd", "wakeword", "coffee"):
+            total += 1
+            right += said == clip["text"].split()
+    assert right >= total - 2  # clips of the commands it was made for; LibriSpeech and long prompts are not
+    assert engine.free_slots == engine.slots
