@@ -24,32 +24,32 @@ from realtide.engines.ancat.offline import windows_of
 
 SOURCES = [
     {
-        "name": "Free Spoken Digit Dataset",
+        "name": "Free Spoken Digit Dataset (Jakobovski and contributors), commit 26eb9aaf",
         "licence": "CC-BY-SA-4.0",
         "url": "https://github.com/Jakobovski/free-spoken-digit-dataset",
         "use": "digits and digit strings",
     },
     {
-        "name": "Picovoice speech-to-intent-benchmark",
+        "name": "Picovoice speech-to-intent-benchmark, commit 47b1ca63",
         "licence": "Apache-2.0",
         "url": "https://github.com/Picovoice/speech-to-intent-benchmark",
         "use": "coffee orders",
     },
     {
-        "name": "Picovoice wake-word-benchmark",
+        "name": "Picovoice wake-word-benchmark, commit 84919190",
         "licence": "Apache-2.0",
         "url": "https://github.com/Picovoice/wake-word-benchmark",
         "use": "wake phrases",
     },
     {
-        "name": "Asterisk core sounds, English (Debian asterisk-core-sounds-en)",
+        "name": "Asterisk core sounds, English: voice of Allison Smith, financed by Digium, Inc.",
         "licence": "CC-BY-SA-3.0",
         "url": "https://packages.debian.org/bookworm/asterisk-core-sounds-en",
         "use": "telephone prompts",
     },
     {
-        "name": "Synthetic speech: espeak-ng, flite, piper",
-        "licence": "output of the synthesizers",
+        "name": "Synthetic speech: espeak-ng; flite (Carnegie Mellon University); Piper, voice en_US-joe",
+        "licence": "see the model card",
         "use": "a supplement of about a quarter of the training hours",
     },
 ]

@@ -799,7 +799,7 @@ class Word(_message.Message):
     end_seconds: _builtins.float
     """Where the word ends, in seconds."""
     confidence: _builtins.float
-    """Mean posterior probability of the word's tokens, 0 to 1."""
+    """Geometric mean of the posterior probabilities of the word's tokens, 0 to 1."""
     lookahead_ms: _builtins.float
     """Future audio that the word's last token waited for, in milliseconds beyond its own frame."""
     def __init__(
@@ -897,7 +897,7 @@ class SpeechFinal(_message.Message):
     text: _builtins.str
     """The words, separated by single spaces; empty if nothing was said."""
     confidence: _builtins.float
-    """Mean posterior probability of the tokens, 0 to 1; 0 if there are none."""
+    """Geometric mean of the tokens' posterior probabilities, 0 to 1; 0 if there are none."""
     start_seconds: _builtins.float
     """Where the utterance's audio starts, in seconds since the start of the session."""
     end_seconds: _builtins.float
