@@ -58,17 +58,20 @@ def test_bad_settings_are_refused(run: Run, arguments: list[str], code: int, sen
 def test_it_serves_until_it_is_told_to_stop(process: Process, bundle: Path) -> None:
     ports = ("--host", "127.0.0.1", "--port", "0", "--metrics-port", "0")
     with subprocess.Popen(
-        process.line("serve", *ports, "--log-level", "warning"),
+        process.line("serve", bundle, *ports, "--log-level", "warning"),
         stdout=subprocess.PIPE,
         cwd=process.directory,
         env=process.environment,
     ) as server:
-        assert server.stdout is not None
-        ready = json.loads(server.stdout.readline())
-        assert ready["models"] == ["bursts"]
-        asyncio.run(wait_healthy(f"127.0.0.1:{ready['port']}"))
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        try:
+            assert server.stdout is not None
+            ready = json.loads(server.stdout.readline())
+            assert ready["models"] == ["bursts"]
+            asyncio.run(wait_healthy(f"127.0.0.1:{ready['port']}"))
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(60) == 0
+        finally:
+            server.kill()  # a failure above must not leave the test waiting for a server that nobody stops
 
 
 @pytest.mark.parametrize("command", ["serve", "transcribe", "demo", "models list", "models verify"])

@@ -126,14 +126,17 @@ def test_interrupting_ends_the_audio_and_still_gives_the_last_words(
         stdout=subprocess.PIPE,
         env=process.environment,
     ) as command:
-        assert command.stdin is not None
-        assert command.stdout is not None
-        command.stdin.write(samples[:8000].tobytes())
-        command.stdin.flush()
-        assert json.loads(command.stdout.readline())["text"] == "burst1"
-        command.send_signal(signal.SIGINT)
-        rest = command.stdout.read()  # our end of the other pipe stays open all the while
-        assert command.wait(60) == 0
+        try:
+            assert command.stdin is not None
+            assert command.stdout is not None
+            command.stdin.write(samples[:8000].tobytes())
+            command.stdin.flush()
+            assert json.loads(command.stdout.readline())["text"] == "burst1"
+            command.send_signal(signal.SIGINT)
+            rest = command.stdout.read()  # our end of the other pipe stays open all the while
+            assert command.wait(60) == 0
+        finally:
+            command.kill()
     assert finals(rest.decode()) == ["burst1"]
 
 

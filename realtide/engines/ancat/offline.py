@@ -73,15 +73,17 @@ def fixed_depth(config: EncoderConfig, frames: int) -> Tensor:
 
 
 def hard_arcs(config: EncoderConfig, bias: float = 0.0) -> Arcs:
-    """Arcs as at inference, with an additive bias on the keep logits."""
+    """Arcs as at inference, with an additive bias on the keep logits.
+
+    Hard arcs are always a span: once frame i+r is awaited every nearer frame is there and is attended to,
+    also where arcs were trained to open independently of each other.
+    """
     least = threshold(bias)
 
     def arcs(_: int, scores: Tensor | None, frames: int) -> Tensor:
         if scores is None:
             return depth_arcs(fixed_depth(config, frames), config.right).unsqueeze(0)
-        if config.span:
-            return depth_arcs(hard_depth(scores, least), config.right)
-        return (scores >= least).float()
+        return depth_arcs(hard_depth(scores, least, is_span=config.span), config.right)
 
     return arcs
 

@@ -122,6 +122,8 @@ class ArcSampler:
         if not self.hard:
             return soft
         hard = (soft >= 0.5).float()
+        if not self.config.span:  # as `offline.hard_arcs`: the farthest open arc opens all nearer ones
+            hard = hard.flip(-1).cummax(-1).values.flip(-1)
         return hard + soft - soft.detach()
 
 

@@ -108,7 +108,7 @@ SpeechInput = Audio | SetLookahead | SetInterim | SetEndpointing | SetBoosts | F
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A word with times in seconds of stream audio and the geometric mean of the posteriors of its tokens (0..1)."""
+    """A word with times in seconds of stream audio and its tokens' geometric mean posterior (0..1)."""
 
     text: str
     start: float

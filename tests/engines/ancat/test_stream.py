@@ -13,7 +13,7 @@ from torch import Tensor
 from realtide.engines.ancat.config import NO_CAP, EncoderConfig, state_shapes, threshold
 from realtide.engines.ancat.latency import availability, cap_depths
 from realtide.engines.ancat.model import Transducer
-from realtide.engines.ancat.offline import encode, given_arcs, hard_arcs
+from realtide.engines.ancat.offline import encode, given_arcs, hard_arcs, hard_depth
 from realtide.engines.ancat.stream import StreamStep
 from tests.engines.ancat.oracle import Dial, Oracle, small_config, wild
 
@@ -126,6 +126,22 @@ def test_every_batching_equals_the_literal_encoder(rule: str, right: int, cap: i
         for oracle, rows, available in zip(truth, driver.rows, driver.available, strict=True):
             assert available == oracle.available
             assert worst(torch.stack(rows), oracle.output) < CLOSE
+
+
+def test_arcs_trained_independently_stream_as_the_offline_encoder_has_them() -> None:
+    config = small_config(span=False)
+    model = wild(config)
+    windows = some_windows(config, 4)
+    driver = run(model, windows, [Dial(bias) for bias in BIASES], 8, 5, 6)
+    gaps = 0
+    for w, bias, rows in zip(windows, BIASES, driver.rows, strict=True):
+        with torch.no_grad():
+            out = encode(model.encoder, w[None], torch.tensor([len(w)]), hard_arcs(config, bias))
+            _, _, _, scores = model.encoder.blocks[0].arrive(model.encoder.subsample(w))  # type: ignore[operator]
+        assert worst(torch.stack(rows), out.rows[0]) < CLOSE
+        leading, last = (hard_depth(scores, threshold(bias), is_span=span) for span in (True, False))
+        gaps += int((last > leading).sum())
+    assert gaps  # there were arcs that no span would have
 
 
 @pytest.mark.parametrize(("rule", "right"), RULES)
