@@ -13,11 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from pool import load_pool
 
+from realtide.bundle import MANIFEST, write_manifest
 from realtide.engines.ancat.config import EncoderConfig
 from realtide.engines.ancat.export import write_bundle
 from realtide.engines.ancat.offline import windows_of
@@ -55,6 +58,32 @@ SOURCES = [
 ]
 
 
+def scores_of(path: Path | None) -> dict[str, Any]:
+    """What the manifest tells of evaluate.py's results."""
+    scores: dict[str, Any] = {}
+    for name, values in json.loads(path.read_text()).items() if path else ():
+        if isinstance(values, dict):
+            scores[name] = {
+                "utterances": values["utterances"],
+                "word_error_rate": round(values["rate"], 5),
+                "interval_95": [round(edge, 5) for edge in values["interval"]],
+                "exact": round(values["exact"], 5),
+            }
+            if values["slots"] is not None:
+                scores[name]["slots"] = round(values["slots"], 5)
+    return scores
+
+
+def retell(directory: Path, scores: dict[str, Any], word_times: dict[str, float]) -> None:
+    """Write the manifest anew with other scores and word times; weights and graphs stay."""
+    values = yaml.safe_load((directory / MANIFEST).read_text(encoding="utf-8"))
+    for name in ("files", "format"):
+        del values[name]
+    values["architecture"]["word_times"] = word_times
+    values["scores"] = scores or values["scores"]
+    write_manifest(directory, values)
+
+
 def main() -> None:
     """Command line."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,7 +97,12 @@ def main() -> None:
     parse.add_argument("--calibration", type=Path, nargs="*", default=[], help="development pools for int8")
     parse.add_argument("--start-offset-ms", type=float, default=0.0)
     parse.add_argument("--end-offset-ms", type=float, default=0.0)
+    parse.add_argument("--manifest-only", action="store_true", help="keep OUT's weights and graphs")
     args = parse.parse_args()
+    word_times = {"start_offset_ms": args.start_offset_ms, "end_offset_ms": args.end_offset_ms}
+    if args.manifest_only:
+        retell(args.out, scores_of(args.scores), word_times)
+        return
     saved = torch.load(args.checkpoint, weights_only=True)
     config = EncoderConfig.from_dict(saved["config"])
     weights = {name: value.numpy() for name, value in saved["weights"].items()}
@@ -83,16 +117,7 @@ def main() -> None:
         for pool in map(load_pool, args.calibration)
         for record in pool.records[::3][:16]
     ]
-    scores = {}
-    if args.scores:
-        for name, values in json.loads(args.scores.read_text()).items():
-            if isinstance(values, dict):
-                scores[name] = {
-                    "utterances": values["utterances"],
-                    "word_error_rate": round(values["rate"], 5),
-                    "interval_95": [round(edge, 5) for edge in values["interval"]],
-                    "exact": round(values["exact"], 5),
-                } | ({"slots": round(values["slots"], 5)} if values["slots"] is not None else {})
+    scores = scores_of(args.scores)
     write_bundle(
         args.out,
         config,
@@ -114,7 +139,7 @@ def main() -> None:
             },
             "unverified": ["README.md", "recipe"],
         },
-        word_times={"start_offset_ms": args.start_offset_ms, "end_offset_ms": args.end_offset_ms},
+        word_times=word_times,
         calibration=calibration,
     )
 

@@ -78,7 +78,18 @@ def export_encoder(model: Transducer, step_frames: int, path: Path) -> None:
         module = _Causal(StreamStep(model.encoder, step_frames))
     outputs = OUTPUTS
     examples = [{name: call[name] for name in inputs} for call in calls]
-    export_program(module, examples, state, outputs, path, dynamic=dynamic, opset=OPSET, rename=_bundle_name)
+    # The examples are noise, on which rows reach far beyond those of speech; so does what rounding moves.
+    export_program(
+        module,
+        examples,
+        state,
+        outputs,
+        path,
+        dynamic=dynamic,
+        opset=OPSET,
+        rename=_bundle_name,
+        tolerance=5e-4,
+    )
 
 
 class _Causal(torch.nn.Module):
