@@ -1,6 +1,6 @@
 """Build the feature pools that `ancat-commands-en` is trained and scored on.
 
-    python models/ancat-commands-en/recipe/prepare.py --speech shared/data/speech --out /tmp/ancat-data --name
+    python models/ancat-commands-en/recipe/prepare.py --speech shared/data/speech --out DATA --name
     pool1
 
 writes OUT/NAME (training pool with cmvn.npy), OUT/eval/<set> (development and test sets with audio, and their

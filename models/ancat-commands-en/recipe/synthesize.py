@@ -1,7 +1,7 @@
 """Synthetic supplement: the same phrases by espeak-ng and flite (Debian) and by Piper's voice "joe" (PyPI).
 
     python models/ancat-commands-en/recipe/synthesize.py --speech shared/data/speech --out
-    /tmp/ancat-data/synthetic
+    DATA/synthetic
 
 writes a pool with audio (pool.py), which prepare.py takes by `--synthetic`. espeak-ng's formant voices are
 many and crude, flite's and Piper's few and natural; none is meant to replace a recording.
