@@ -110,10 +110,6 @@ class _Causal(torch.nn.Module):
         return step.forward(windows, stream, position, slots, arrived, none.float(), none, none, *state)
 
 
-def _bundle_name(name: str) -> str:
-    return name
-
-
 def export_joiner(model: Transducer, path: Path) -> None:
     """Export predictor and joiner."""
     config = model.config
