@@ -87,7 +87,6 @@ def export_encoder(model: Transducer, step_frames: int, path: Path) -> None:
         path,
         dynamic=dynamic,
         opset=OPSET,
-        rename=_bundle_name,
         tolerance=5e-4,
     )
 
