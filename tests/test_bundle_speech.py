@@ -1,17 +1,24 @@
-"""The speech bundle that ships: it loads, it is whole, and it says the same in every chunking."""
+"""The speech bundle that ships: whole, the same in every chunking, and its graph is the offline encoder."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
+import torch
 
+from realtide.bench.encoder import EncoderBench, windows_of
 from realtide.bundle import load_bundle, verify
+from realtide.engines.ancat.config import EncoderConfig
 from realtide.engines.ancat.engine import AncatEngine, load
+from realtide.engines.ancat.model import Encoder
+from realtide.engines.ancat.offline import encode, hard_arcs
 from realtide.engines.ancat.session import SpeechSession
 from realtide.engines.ancat.types import Audio, Final, Finish, SpeechEvent, SpeechInput, SpeechOptions
+from realtide.engines.runtime.weights import WeightFile
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "models" / "ancat-commands-en"
@@ -72,3 +79,40 @@ def test_every_chunking_says_the_same_and_most_words_are_right(engine: AncatEngi
             right += said == clip["text"].split()
     assert right >= total - 2  # clips of the commands it was made for; LibriSpeech and long prompts are not
     assert engine.free_slots == engine.slots
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    """The PyTorch encoder with the weights that ship."""
+    bundle = load_bundle(BUNDLE)
+    weights = WeightFile(bundle.weights)
+    model = Encoder(EncoderConfig.from_dict(bundle.manifest.architecture["encoder"]))
+    model.load_state_dict(
+        {
+            name: torch.from_numpy(np.asarray(weights[f"encoder.{name}"], np.float32))
+            for name in model.state_dict()
+        }
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def graph() -> EncoderBench:
+    """The encoder's graph that ships, for one stream."""
+    return EncoderBench.of_bundle(BUNDLE, 1, "float32")
+
+
+@pytest.mark.parametrize("clip", [clip["file"] for clip in CLIPS])
+@pytest.mark.parametrize("bias", [-3.0, 0.0, 3.0])
+def test_the_streaming_graph_is_the_offline_encoder(
+    encoder: Encoder, graph: EncoderBench, clip: str, bias: float
+) -> None:
+    samples, rate = soundfile.read(AUDIO / clip, dtype="float32")
+    everything = windows_of(samples, rate, BUNDLE, 1)
+    with torch.no_grad():
+        lengths = torch.tensor([everything.shape[1]])
+        offline = encode(encoder, torch.from_numpy(everything), lengths, hard_arcs(encoder.config, bias))
+    for frames in (1, 3, 12):
+        rows = graph.play(everything, frames, bias=bias).rows
+        assert rows.shape == offline.rows[0].shape
+        assert float(np.abs(rows - offline.rows[0].numpy()).max()) <= 1e-4, f"{frames} frames a step"

@@ -23,12 +23,13 @@ class Times:
     """What playing some streams took.
 
     `steps` [n] are seconds of each step; `frames` are encoder frames of all streams together; `latency` is
-    the mean number of frames that outputs waited for.
+    the mean number of frames that outputs waited for; `rows` [frames, J] are the first stream's outputs.
     """
 
     steps: npt.NDArray[np.float64]
     frames: int
     latency: float
+    rows: Float32
 
     @property
     def total(self) -> float:
@@ -87,7 +88,7 @@ class EncoderBench:
         slots = np.arange(streams, dtype=np.int64)
         least = np.full(streams, threshold(bias), np.float32)
         caps = np.full(streams, NO_CAP if cap is None else cap, np.int64)
-        seconds, waited, count = [], 0, 0
+        seconds, rows, waited, count = [], [], 0, 0
         for first in range(0, length, frames):
             here = min(frames, length - first)
             feeds: dict[str, Array] = {
@@ -113,11 +114,16 @@ class EncoderBench:
             for answer in answers:
                 waited += int((answer["available"] - answer["position_out"]).sum())
                 count += len(answer["position_out"])
-        return Times(np.asarray(seconds), streams * length, waited / max(count, 1))
+                rows.append(answer["encoded"][answer["stream_out"] == 0])
+        return Times(np.asarray(seconds), streams * length, waited / max(count, 1), np.concatenate(rows))
 
 
-def windows_of(samples: Float32, rate: int, directory: Path | str, streams: int, frames: int) -> Float32:
+def windows_of(
+    samples: Float32, rate: int, directory: Path | str, streams: int, frames: int | None = None
+) -> Float32:
     """Encoder inputs [streams, frames, 7, mel] of a bundle's front end: evenly spread parts of a recording.
+
+    Without `frames`, all of it.
 
     Raises ValueError if the recording has fewer than `frames` encoder frames, BundleError.
     """
@@ -128,6 +134,7 @@ def windows_of(samples: Float32, rate: int, directory: Path | str, streams: int,
     frontend.push(samples)
     frontend.finish()
     windows = frontend.take()
+    frames = len(windows) if frames is None else frames
     if len(windows) < frames:
         raise ValueError(f"the recordings have {len(windows)} frames, {frames} are needed")
     starts = np.linspace(0, len(windows) - frames, streams).astype(int)

@@ -284,6 +284,9 @@ def main() -> None:
     parser.add_argument("--name", default="pool1", help="name of the training pool")
     parser.add_argument("--hours", type=float, default=16.0, help="hours of training audio")
     parser.add_argument("--synthetic", type=Path, help="pool of synthetic clips made by synthesize.py")
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="seed of the training pool: others, other variants"
+    )
     parser.add_argument("--hold-out-speaker", help="FSDD speaker to leave out of training, for a check only")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--skip-eval", action="store_true", help="leave the evaluation sets as they are")
@@ -301,7 +304,7 @@ def main() -> None:
     train_tokenizer(utterances, args.out / "tokenizer.model")
     if not args.skip_eval:
         build_evals(args.out / "eval", utterances, noises)
-    items = Planner(clips, SEED).plan(args.hours, synthetic=args.synthetic is not None)
+    items = Planner(clips, args.seed).plan(args.hours, synthetic=args.synthetic is not None)
     build_pool(args.out / args.name, items, clips, noises, args.jobs)
     log.info("%s", json.dumps(report(args.out / args.name), indent=1))
 
