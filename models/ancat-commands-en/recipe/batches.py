@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +31,17 @@ class Corpus:
     mean: npt.NDArray[np.float32]
     std: npt.NDArray[np.float32]
     examples: list[tuple[Record, list[int], int]]
-    tokenizer: Tokenizer
+    units: Callable[[str], list[int]]
 
 
-def corpus(pool: Pool, tokenizer: Tokenizer, cmvn: npt.NDArray[np.float32], stride: int) -> Corpus:
-    """Tokenize.
+def corpus(
+    pool: Pool,
+    tokenizer: Tokenizer,
+    cmvn: npt.NDArray[np.float32],
+    stride: int,
+    units: Callable[[str], list[int]] | None = None,
+) -> Corpus:
+    """Tokenize. `units` gives the CTC head's classes of a word; by default its tokens.
 
     Records whose text has no fewer tokens than frames are of no use to the losses and are left out.
     """
@@ -45,7 +51,7 @@ def corpus(pool: Pool, tokenizer: Tokenizer, cmvn: npt.NDArray[np.float32], stri
         frames = record.frames // stride
         if len(ids) < frames:
             examples.append((record, ids, frames))
-    return Corpus(pool, cmvn[0], cmvn[1], examples, tokenizer)
+    return Corpus(pool, cmvn[0], cmvn[1], examples, units or tokenizer.encode)
 
 
 def spec_augment(mel: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.float32]:
@@ -84,15 +90,15 @@ def flat_words(record: Record, mel: npt.NDArray[np.float32]) -> list[tuple[str, 
 
 
 def labels_of(
-    words: Sequence[tuple[str, float, float]], tokenizer: Tokenizer, frames: int
+    words: Sequence[tuple[str, float, float]], units: Callable[[str], list[int]], frames: int
 ) -> npt.NDArray[np.int64]:
-    """Token of each encoder frame [frames] from word times [s]; -100 if there are none.
+    """Unit of each encoder frame [frames] from word times [s]; -100 if there are none.
 
-    A word's tokens share its time.
+    A word's units share its time.
     """
     labels = np.full(frames, 0 if words else -100, np.int64)
     for word, start, end in words:
-        ids = np.array(tokenizer.encode(word))
+        ids = np.array(units(word) or [0])
         first = int(start / 0.04)
         count = max(len(ids), int(np.ceil(end / 0.04)) - first)
         share = ids[np.arange(count) * len(ids) // count]
@@ -129,16 +135,25 @@ def make_batch(
         words = list(record.words)
         if flat and not words:
             words = flat_words(record, np.asarray(data.pool.mel(record), np.float32))
-        labels[row, : frames[row]] = labels_of(words, data.tokenizer, frames[row])
+        labels[row, : frames[row]] = labels_of(words, data.units, frames[row])
     for row, (mel, ids) in enumerate(zip(mels, targets, strict=True)):
         cut = min(len(mel), features.shape[1])
         features[row, :cut] = mel[:cut]
         padded[row, : len(ids)] = ids
+    spoken = [
+        [unit for word in data.examples[index][0].text.split() for unit in data.units(word)]
+        for index in picked
+    ]
+    units = np.zeros((len(mels), max(1, max(map(len, spoken)))), np.int64)
+    for row, ids in enumerate(spoken):
+        units[row, : len(ids)] = ids
     return Batch(
         windows_of(torch.from_numpy(features), config),
         torch.tensor(frames),
         torch.from_numpy(padded),
         torch.tensor([len(ids) for ids in targets]),
+        torch.from_numpy(units),
+        torch.tensor([len(ids) for ids in spoken]),
         torch.from_numpy(labels),
     )
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from batches import Corpus, corpus, epochs, make_batch
+from lexicon import Lexicon
 from pool import load_pool
 from torch import Tensor
 
@@ -100,6 +101,8 @@ def start_from(model: Transducer, path: Path, *, schedulers: bool = True) -> Non
     own = model.state_dict()
     kept = {}
     for name, value in weights.items():
+        if name.startswith("ctc.") and (name not in own or own[name].shape != value.shape):
+            continue  # a head of other units
         if ".scheduler." in name and not schedulers:
             continue
         if name not in own:
@@ -114,7 +117,8 @@ def start_from(model: Transducer, path: Path, *, schedulers: bool = True) -> Non
                 f"{path}: weight {name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}"
             )
         kept[name] = value
-    missing = [name for name in own if name not in kept and (schedulers or ".scheduler." not in name)]
+    optional = ("ctc.",) if schedulers else ("ctc.", ".scheduler.")
+    missing = [name for name in own if name not in kept and not any(part in name for part in optional)]
     if missing:
         raise ValueError(f"{path}: weight {missing[0]} is missing")
     model.load_state_dict({**own, **kept})
@@ -129,6 +133,7 @@ def main() -> None:
     parse.add_argument("--dev", type=Path, nargs="+", required=True, help="pools to look at while training")
     parse.add_argument("--cmvn", type=Path, required=True, help="mean and standard deviation of the features")
     parse.add_argument("--tokenizer", type=Path, required=True)
+    parse.add_argument("--lexicon", type=Path, help="phonemes for the CTC head, as lexicon.py writes them")
     parse.add_argument("--out", type=Path, required=True)
     parse.add_argument("--init", type=Path, help="checkpoint of the common start")
     parse.add_argument("--fresh-schedulers", action="store_true", help="take all of CKPT but the schedulers")
@@ -141,6 +146,7 @@ def main() -> None:
         "--longest", type=int, default=1 << 30, help="leave out utterances with more encoder frames"
     )
     parse.add_argument("--plain", action="store_true", help="no SpecAugment and no dropout")
+    parse.add_argument("--dropout", type=float, default=0.1)
     parse.add_argument("--rule", default="adaptive", choices=["adaptive", "causal", "layerwise", "chunked"])
     parse.add_argument("--right", type=int, default=4)
     parse.add_argument("--steps", type=int, default=3000)
@@ -153,14 +159,15 @@ def main() -> None:
     parse.add_argument("--algorithmic", type=float, default=0.0)
     parse.add_argument("--compute", type=float, default=0.0)
     parse.add_argument(
-        "--aligned-only", action="store_true", help="frames with known tokens are all there is to learn"
+        "--aligned-only", action="store_true", help="frames with known units are all there is to learn"
     )
     parse.add_argument(
         "--flat", action="store_true", help="guess word times that are not known (clean speech only)"
     )
     parse.add_argument(
-        "--align", type=float, default=0.0, help="weight of the loss of frames with known tokens"
+        "--align", type=float, default=0.0, help="weight of the loss of frames with known units"
     )
+    parse.add_argument("--ctc", type=float, default=0.5, help="weight of the CTC head's loss")
     parse.add_argument("--fastemit", type=float, default=0.01)
     parse.add_argument("--hard-from", type=float, default=0.6)
     parse.add_argument("--evaluate-every", type=int, default=500)
@@ -178,15 +185,16 @@ def main() -> None:
     right = 15 if common else 0 if args.rule == "causal" else args.right
     config = EncoderConfig(rule="adaptive" if common else args.rule, right=right, vocab=tokenizer.vocabulary)
     cmvn = np.load(args.cmvn)
+    lexicon = Lexicon(args.lexicon) if args.lexicon else None
     trains, devs = (
-        [corpus(load_pool(path), tokenizer, cmvn, config.stride) for path in paths]
+        [corpus(load_pool(path), tokenizer, cmvn, config.stride, lexicon) for path in paths]
         for paths in (args.pool, args.dev)
     )
     schedule = Schedule(
         steps=args.steps, peak_lr=args.lr, warmup=args.warmup, naive=args.naive, algorithmic=args.algorithmic,
         compute=args.compute, fastemit=args.fastemit, hard_from=args.hard_from, mixed=RULES[args.draw],
-        dropout=0.0 if args.plain else 0.1, align_weight=args.align,
-        rnnt_weight=float(not args.aligned_only), ctc_weight=0.0 if args.aligned_only else 0.3,
+        dropout=0.0 if args.plain else args.dropout, align_weight=args.align,
+        rnnt_weight=float(not args.aligned_only), ctc_weight=0.0 if args.aligned_only else args.ctc,
     )  # fmt: skip
     for train in trains:
         train.examples = [
@@ -194,7 +202,8 @@ def main() -> None:
             for record, ids, frames in train.examples
             if frames <= args.longest and (not args.sets or record.set in args.sets)
         ]
-    model = Transducer(config)
+    units = lexicon.size if lexicon else None
+    model = Transducer(config, units)
     if args.init:
         start_from(model, args.init, schedulers=not args.fresh_schedulers)
     decay: list[torch.nn.Parameter] = []
@@ -203,7 +212,7 @@ def main() -> None:
         (decay if weight.ndim > 1 else plain).append(weight)
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=schedule.peak_lr, betas=(0.9, 0.98),
+        lr=schedule.peak_lr, betas=(0.9, 0.98), fused=True,
     )  # fmt: skip
     shadow = {name: value.clone() for name, value in model.state_dict().items()}
     first = 0
@@ -229,7 +238,7 @@ def main() -> None:
         (args.out / "last.tmp").rename(args.out / "last.pt")
 
     def look(step: int) -> None:
-        twin = Transducer(config)
+        twin = Transducer(config, units)
         twin.load_state_dict(shadow)
         for bias in (-3.0, 0.0, 3.0) if config.rule == "adaptive" else (0.0,):
             for path, dev in zip(args.dev, devs, strict=True):

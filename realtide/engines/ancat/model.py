@@ -214,15 +214,20 @@ class Joiner(nn.Module):
 
 
 class Transducer(nn.Module):
-    """The whole model. `ctc` is an auxiliary head that is used in training only and not exported."""
+    """The whole model, and in training an auxiliary CTC head that is not exported.
 
-    def __init__(self, config: EncoderConfig) -> None:
+    `ctc` reads the encoder after `tap` blocks and tells `units` classes (blank included), by default the
+    vocabulary: the lower blocks learn what is said, the upper ones to put it into words.
+    """
+
+    def __init__(self, config: EncoderConfig, units: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.tap = -(-config.layers * 3 // 4)
         self.encoder = Encoder(config)
         self.predictor = Predictor(config)
         self.joiner = Joiner(config)
-        self.ctc = nn.Linear(config.joiner_dim, config.vocab)
+        self.ctc = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, units or config.vocab))
 
 
 class JoinerProgram(nn.Module):

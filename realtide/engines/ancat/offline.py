@@ -24,10 +24,14 @@ Arcs = Callable[[int, "Tensor | None", int], Tensor]
 
 @dataclass(slots=True)
 class Encoded:
-    """Result of `encode`: joiner-space rows [B, T, J] and the arcs of every layer [B or 1, L, T, right]."""
+    """Result of `encode`: joiner-space rows [B, T, J] and the arcs of every layer [B or 1, L, T, right].
+
+    `tapped` [B, T, dim] is the output of block `tap`, counted from 1 (0: the subsampling).
+    """
 
     rows: Tensor
     arcs: Tensor
+    tapped: Tensor
 
 
 def windows_of(features: Tensor, config: EncoderConfig) -> Tensor:
@@ -54,7 +58,7 @@ def hard_depth(scores: Tensor, least: Tensor | float, *, is_span: bool = True) -
     right = scores.shape[-1]
     if is_span:
         closed = (scores < least).to(torch.int64)
-        return torch.cat([closed, torch.ones_like(closed[..., :1])], -1).argmax(-1)
+        return F.pad(closed, (0, 1), value=1).argmax(-1)
     order = torch.arange(1, right + 1, device=scores.device)
     return ((scores >= least).to(torch.int64) * order).amax(-1)
 
@@ -130,7 +134,7 @@ def attend(
 
 
 def encode(
-    encoder: Encoder, windows: Tensor, lengths: Tensor, arcs: Arcs, *, dropout: float = 0.0
+    encoder: Encoder, windows: Tensor, lengths: Tensor, arcs: Arcs, *, dropout: float = 0.0, tap: int = 0
 ) -> Encoded:
     """Run the encoder over windows [B, T, 7, mel] whose first `lengths` [B] frames exist.
 
@@ -139,6 +143,7 @@ def encode(
     """
     config = encoder.config
     x = encoder.subsample(windows)
+    tapped = x
     used: list[Tensor] = []
     for layer, module in enumerate(encoder.blocks):
         block: Block = module  # type: ignore[assignment]
@@ -147,6 +152,8 @@ def encode(
         used.append(a)
         x = attend(block, residual, key, value, a, lengths, config)
         x = block.finish(x, F.dropout(block.conv.whole(block.conv.enter(x)), dropout, encoder.training))
+        if layer + 1 == tap:
+            tapped = x
     if dropout:
         x = F.dropout(x, dropout, encoder.training)
-    return Encoded(encoder.leave(x), torch.stack(used, 1))
+    return Encoded(encoder.leave(x), torch.stack(used, 1), tapped)

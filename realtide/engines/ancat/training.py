@@ -31,11 +31,11 @@ class Schedule:
     final_lr: float = 2e-5
     warmup: int = 300
     weight_decay: float = 0.01
-    clip: float = 5.0
+    clip: float = 1.0
     dropout: float = 0.1
     rnnt_weight: float = 1.0
     ctc_weight: float = 0.3
-    align_weight: float = 0.0  # of the cross-entropy of frames whose token is known, through the CTC head
+    align_weight: float = 0.0  # of the cross-entropy of frames whose unit is known, through the CTC head
     fastemit: float = 0.01
     temperature: tuple[float, float] = (1.0, 0.3)
     # fraction of steps after which arcs are hard in the forward pass (straight-through)
@@ -60,13 +60,16 @@ class Schedule:
 class Batch:
     """One batch: windows [B, T, 7, mel], frames [B], targets [B, U] (0 padded), lengths [B].
 
-    labels [B, T] are the tokens of frames where they are known, else -100.
+    units [B, P] (0 padded) and unit_lengths [B] are the CTC head's targets; labels [B, T] are the units of
+    frames where they are known, else -100.
     """
 
     windows: Tensor
     frames: Tensor
     targets: Tensor
     lengths: Tensor
+    units: Tensor
+    unit_lengths: Tensor
     labels: Tensor
 
 
@@ -130,14 +133,20 @@ class ArcSampler:
 def losses(
     model: Transducer, batch: Batch, sampler: ArcSampler, schedule: Schedule, *, bf16: bool
 ) -> dict[str, Tensor]:
-    """All losses of a step, each a scalar; `total` is what is minimized."""
+    """All losses of a step, each a scalar; `total` is what is minimized.
+
+    Transducer and CTC losses are nats a token and a unit of the batch, not an utterance: batches are of one
+    length, and long utterances' gradients would else drown those of short ones in Adam's second moment.
+    """
     with torch.autocast(batch.windows.device.type, torch.bfloat16, enabled=bf16):
         arcs: Arcs = sampler
-        out = encode(model.encoder, batch.windows, batch.frames, arcs, dropout=schedule.dropout)
+        out = encode(
+            model.encoder, batch.windows, batch.frames, arcs, dropout=schedule.dropout, tap=model.tap
+        )
         history = F.pad(batch.targets, (2, 0))
         contexts = torch.stack([history[:, :-1], history[:, 1:]], -1)  # [B, U + 1, 2]
         predicted = model.predictor(contexts)
-        ctc_logits = model.ctc(out.rows)
+        ctc_logits = model.ctc(out.tapped)
     parts: dict[str, Tensor] = {}
     total = out.rows.new_zeros((), dtype=torch.float32)
     if schedule.rnnt_weight:
@@ -145,15 +154,15 @@ def losses(
         parts["rnnt"] = fused_rnnt_loss(
             out.rows.float(), predicted.float(), last.weight, last.bias, batch.targets, batch.frames,
             batch.lengths,
-            fastemit=schedule.fastemit,
-        )  # fmt: skip
+            fastemit=schedule.fastemit, reduction="sum",
+        ) / (batch.lengths + 1).sum()  # fmt: skip
         total = total + schedule.rnnt_weight * parts["rnnt"]
     if schedule.ctc_weight:
         log_probs = F.log_softmax(ctc_logits.float(), -1).transpose(0, 1)
         each = F.ctc_loss(
-            log_probs, batch.targets, batch.frames, batch.lengths, reduction="none", zero_infinity=True
+            log_probs, batch.units, batch.frames, batch.unit_lengths, reduction="none", zero_infinity=True
         )
-        parts["ctc"] = each.mean()
+        parts["ctc"] = each.sum() / (batch.unit_lengths + 1).sum()
         total = total + schedule.ctc_weight * parts["ctc"]
     if schedule.align_weight and bool((batch.labels >= 0).any()):
         parts["align"] = F.cross_entropy(ctc_logits.float().flatten(0, 1), batch.labels.flatten())

@@ -28,7 +28,8 @@ def tiny_batch(config: EncoderConfig) -> Batch:
     for b, k in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1)):
         windows[b, 1 + 3 * k : 3 + 3 * k] += patterns[targets[b, k]]
         labels[b, 1 + 3 * k] = targets[b, k]
-    return Batch(windows, torch.tensor([12, 8]), targets, torch.tensor([3, 2]), labels)
+    lengths = torch.tensor([3, 2])
+    return Batch(windows, torch.tensor([12, 8]), targets, lengths, targets, lengths, labels)
 
 
 def schedule(**changes: object) -> Schedule:
