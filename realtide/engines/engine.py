@@ -43,6 +43,13 @@ class Session(Protocol):
         """True if a step would do work for this session. A session with nothing ready costs nothing."""
         ...
 
+    def full(self) -> bool:
+        """True if a runnable session wants no more media before its step: it would not be part of it.
+
+        A session that is not runnable is never full.
+        """
+        ...
+
     def deadline(self) -> float:
         """Monotonic time in seconds at which the oldest unprocessed input should have been processed."""
         ...

@@ -34,8 +34,7 @@ def decode(data: bytes, encoding: int) -> Samples:
     if len(data) % size:
         raise invalid("audio.data", f"{len(data)} bytes, must be a multiple of {size} ({NAMES[encoding]})")
     if encoding == speech_pb2.AUDIO_ENCODING_LINEAR16:
-        samples = np.frombuffer(data, "<i2").astype(np.float32)
-        samples *= np.float32(1 / 32768)
+        samples: Samples = np.multiply(np.frombuffer(data, "<i2"), np.float32(1 / 32768), dtype=np.float32)
         return samples
     view: Samples = np.frombuffer(data, "<f4")
     # Minimum and maximum carry a NaN along, so no temporary array is needed to look for one.

@@ -1,7 +1,7 @@
 """The executor: one thread that owns an engine and advances its sessions, earliest deadline first.
 
 It does not know what the sessions compute or who listens. Each round it takes what has arrived, feeds
-sessions until each has a step's worth of work, steps the most urgent session together with others that can
+sessions what one step can take of them, steps the most urgent session together with others that can
 share the step, and hands all events to the event loop with a single wake-up. With nothing to do it sleeps on
 its queue.
 """
@@ -184,13 +184,15 @@ class Executor:
             self._outgoing.append((handle.make_room, None))
 
     def _feed(self, handle: Handle, session: Session) -> bool:
-        """Hand over input until a step has work (True), input is used up or the client leaves events unread.
+        """Hand over input until a step has all that it can use. Returns whether it has work.
 
-        Input beyond the next step stays in the queue: that is where it is bounded, and where a control keeps
-        its place.
+        Stops as well when input is used up or the client leaves events unread. Media that one step can take
+        goes into one step: the more frames it has, the less each costs. Anything else (a control, an export)
+        has its place behind the media before it, so it waits until that was worked through. Input beyond the
+        next step stays in the queue: that is where it is bounded.
         """
         while not handle.full():
-            if session.runnable():
+            if session.runnable() and (session.full() or not handle.media_next()):
                 return True
             item = handle.take()
             if item is None:

@@ -198,6 +198,10 @@ class Handle:
         self._taken += cost
         return item
 
+    def media_next(self) -> bool:
+        """True if the next item of input is media, which a step may take together with what came before."""
+        return bool(self._items) and self._items[0][1] > 0
+
     def has_room(self) -> bool:
         """True if the producer waits and there is room again."""
         if self._wants_room and self._backlog() <= self._ahead / 2:

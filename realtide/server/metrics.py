@@ -197,6 +197,9 @@ class ModelMetrics:
     engine: str
     model: str
     _stages: dict[str, Histogram] = field(default_factory=dict)
+    _audio: Counter = field(init=False)
+    _batch: Histogram = field(init=False)
+    _wait: Histogram = field(init=False)
 
     def __post_init__(self) -> None:
         # Counters exist from the start, so that rate() and alerts see the first increment.
@@ -204,8 +207,12 @@ class ModelMetrics:
             self.metrics.closed.labels(self.engine, self.model, outcome)
         for reason in REFUSALS:
             self.metrics.refused.labels(self.engine, self.model, reason)
-        for metric in (self.metrics.opened, self.metrics.misses, self.metrics.audio):
+        for metric in (self.metrics.opened, self.metrics.misses):
             metric.labels(self.engine, self.model)
+        # Those of every chunk and every step, found once.
+        self._audio = self.metrics.audio.labels(self.engine, self.model)
+        self._batch = self.metrics.batch.labels(self.engine, self.model)
+        self._wait = self.metrics.queue_wait.labels(self.engine, self.model)
 
     def observe(self, metric: Histogram, value: float) -> None:
         """Record `value` in one of this model's histograms."""
@@ -226,7 +233,7 @@ class ModelMetrics:
 
     def audio(self, seconds: float) -> None:
         """Audio arrived."""
-        self.metrics.audio.labels(self.engine, self.model).inc(seconds)
+        self._audio.inc(seconds)
 
     def on_stage(self, stage: str, seconds: float, batch: int) -> None:
         """Executor: a stage of a step took `seconds`."""
@@ -237,8 +244,9 @@ class ModelMetrics:
 
     def on_step(self, waits: Sequence[float], misses: int) -> None:
         """Executor: a step advanced ``len(waits)`` sessions, each of which had waited so many seconds."""
-        self.observe(self.metrics.batch, len(waits))
+        self._batch.observe(len(waits))
+        observe = self._wait.observe
         for wait in waits:
-            self.observe(self.metrics.queue_wait, wait)
+            observe(wait)
         if misses:
             self.metrics.misses.labels(self.engine, self.model).inc(misses)

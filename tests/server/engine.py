@@ -102,6 +102,9 @@ class BurstSession:
     def runnable(self) -> bool:
         return not self.state.finished and (len(self.pending) >= self.size or self.state.finishing)
 
+    def full(self) -> bool:
+        return self.state.finishing or len(self.pending) >= self.engine.step_frames * self.size
+
     def deadline(self) -> float:
         for end, when in self.arrived:
             if end > self.state.frames * self.size:
@@ -123,6 +126,13 @@ class BurstSession:
             self.engine.taken -= 1
 
     def advance(self) -> list[Any]:
+        events = self._frame()
+        for _ in range(self.engine.step_frames - 1):
+            if not self.state.finished and len(self.pending) >= self.size:
+                events += self._frame()
+        return events
+
+    def _frame(self) -> list[Any]:
         state = self.state
         events: list[Any] = []
         frame, self.pending = self.pending[: self.size], self.pending[self.size :]
@@ -178,7 +188,10 @@ class BurstSession:
 
 
 class BurstEngine:
-    """`delay` seconds of sleep per step; `gate` holds steps up; `chatty` gives a partial per frame."""
+    """`delay` seconds of sleep per step; `gate` holds steps up; `chatty` gives a partial per frame.
+
+    A step takes at most `step_frames` frames of a session.
+    """
 
     def __init__(
         self,
@@ -191,6 +204,7 @@ class BurstEngine:
         chatty: bool = False,
         gate: threading.Event | None = None,
         key: Callable[[BurstSession], Hashable] = lambda session: 0,
+        step_frames: int = 1,
     ) -> None:
         self.name = "bursts-engine"
         self.model = model
@@ -204,6 +218,7 @@ class BurstEngine:
         self.chatty = chatty
         self.gate = gate
         self.key = key
+        self.step_frames = step_frames
         self.batches: list[list[str]] = []
         self.opened: list[BurstSession] = []
         self.break_batches = 0  # so many batched steps raise though no session is at fault

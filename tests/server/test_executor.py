@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import threading
 import time
@@ -227,6 +228,55 @@ async def test_export_covers_exactly_the_input_before_it() -> None:
         assert emitted.position == 1600
         # Every event of the frames before has been handed out before.
         assert any(isinstance(event, types.Partial) for event in events)
+
+
+async def held_up(engine: BurstEngine, made: Rig) -> None:
+    """Another session's step waits at the gate."""
+    await put(await made.open("other"), quiet(0.04))
+    await until(lambda: engine.at_gate)
+
+
+async def test_what_waits_goes_into_one_step_as_far_as_the_session_can_take_it() -> None:
+    gate = threading.Event()
+    engine = BurstEngine(gate=gate, step_frames=4)
+    async with rig(engine) as made:
+        handle = await made.open()
+        await held_up(engine, made)
+        for _ in range(6):
+            await put(handle, tone(0.04))
+        gate.set()
+        await until(lambda: handle.position == 6 * FRAME and engine.opened[0].state.frames == 6)
+        assert engine.batches == [["s1"], ["s0"], ["s0"]]
+
+
+async def test_a_control_keeps_its_place_behind_media_that_waits() -> None:
+    gate = threading.Event()
+    engine = BurstEngine(gate=gate, step_frames=12, chatty=True)
+    async with rig(engine) as made:
+        handle = await made.open()
+        await held_up(engine, made)
+        for _ in range(3):
+            await put(handle, tone(0.04))
+        await handle.put(types.SetInterim("off", enabled=False))
+        for _ in range(2):
+            await put(handle, tone(0.04))
+        await handle.put(Export("here"))
+        await put(handle, tone(0.04))
+        await handle.put(types.Finish())
+        gate.set()
+        emitted: list[Any] = []
+        async with asyncio.timeout(10):
+            while not emitted or not isinstance(emitted[-1].event, Ended):
+                emitted.append(await handle.get())
+        partials = [one for one in emitted if isinstance(one.event, types.Partial)]
+        # Those of the frames before it, and none of the frames behind it.
+        assert len(partials) == 3
+        assert {one.position for one in partials} == {3 * FRAME}
+        (applied,) = [one for one in emitted if isinstance(one.event, types.Applied)]
+        assert (applied.event.position, applied.position) == (3 * FRAME, 3 * FRAME)
+        (exported,) = [one for one in emitted if isinstance(one.event, Exported)]
+        assert exported.position == 5 * FRAME
+        assert json.loads(exported.event.state)["state"]["frames"] == 5
 
 
 async def test_input_waits_when_too_much_is_queued() -> None:

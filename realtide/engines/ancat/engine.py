@@ -19,7 +19,7 @@ import numpy as np
 from realtide.bundle import Bundle, BundleError, load_bundle
 from realtide.engines.ancat.config import LOGIT_BOUND, EncoderConfig, state_shapes, threshold
 from realtide.engines.ancat.decoder import MAX_BEAM, Decoder
-from realtide.engines.ancat.frontend import Float32, Frontend, FrontendConfig
+from realtide.engines.ancat.frontend import Features, Float32, Frontend, FrontendConfig
 from realtide.engines.ancat.search import Int64
 from realtide.engines.ancat.session import SpeechSession, Work, unpack
 from realtide.engines.ancat.tokenizer import Tokenizer
@@ -91,6 +91,7 @@ class AncatEngine:
         self._rows = SlotState(state, {name: rows for name, (rows, _, _) in shapes.items()}, slots)
         self._max_batch = max_batch
         self._step_latency = step_latency
+        self._features = Features(model.frontend, mean=model.mean, std=model.std)
         self._inputs = tuple(spec.name for spec in encoder.inputs)
 
     @property
@@ -132,7 +133,7 @@ class AncatEngine:
         """Take a slot. Raises SlotsExhausted; ValueError for options that this model cannot serve."""
         model = self._model
         decode = model.decoder.new_state(options)
-        frontend = Frontend(options.sample_rate, model.frontend, mean=model.mean, std=model.std)
+        frontend = Frontend(options.sample_rate, features=self._features)
         lease = self._pool.take()
         try:
             self._rows.zero(lease.slot)
@@ -150,7 +151,7 @@ class AncatEngine:
         model = self._model
         parts = unpack(checkpoint)
         try:
-            frontend = Frontend.restore(parts.front, model.frontend, mean=model.mean, std=model.std)
+            frontend = Frontend.restore(parts.front, features=self._features)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointMismatch(f"front end state does not fit this model: {error}") from None
         kept = None if options is None else replace(options, sample_rate=frontend.sample_rate)
@@ -169,9 +170,15 @@ class AncatEngine:
         return session
 
     def _session(self, lease: Any, frontend: Frontend, decode: Any) -> SpeechSession:
-        frame_ms = round(1000 * self._model.info.frame_seconds)
         return SpeechSession(
-            lease, self._rows, frontend, decode, self._model.decoder, frame_ms, self._step_latency
+            lease,
+            self._rows,
+            frontend,
+            decode,
+            self._model.decoder,
+            round(1000 * self._model.info.frame_seconds),
+            self._model.step_frames,
+            self._step_latency,
         )
 
     def batch_key(self, session: SpeechSession) -> Hashable:
@@ -181,10 +188,11 @@ class AncatEngine:
     def step(self, sessions: Sequence[SpeechSession], on_stage: StageTimer) -> list[list[SpeechEvent]]:
         """Advance sessions by what is complete; see `engine.Engine.step`."""
         begun = time.perf_counter()
-        works = [session.take(self._model.step_frames) for session in sessions]
+        works = [session.take() for session in sessions]
+        windows = self._features.windows([work.drawn for work in works])
         features_done = time.perf_counter()
         on_stage("features", features_done - begun, len(sessions))
-        encoded, available, counts = self._encode(sessions, works)
+        encoded, available, counts = self._encode(sessions, works, windows)
         encoder_done = time.perf_counter()
         on_stage("encoder", encoder_done - features_done, len(sessions))
         endings = [work.ending for work in works]
@@ -197,11 +205,10 @@ class AncatEngine:
         return events
 
     def _encode(
-        self, sessions: Sequence[SpeechSession], works: Sequence[Work]
+        self, sessions: Sequence[SpeechSession], works: Sequence[Work], windows: Float32
     ) -> tuple[Float32, Int64, list[int]]:
         """Encoder rows [M, J] and their availability [M], session by session; the number of rows of each."""
         active = list(range(len(sessions)))
-        windows = np.concatenate([work.windows for work in works])
         stream = np.repeat(np.arange(len(works)), [work.frames for work in works])
         position = np.concatenate([np.arange(work.first, work.first + work.frames) for work in works])
         parts: list[tuple[Float32, Int64, Int64]] = []

@@ -17,11 +17,18 @@ model-rate samples give ceil(n / 640) encoder frames. The log-mel values are flo
 digital silence and the empty bands of upsampled telephone audio look like a very quiet room, not like an
 outlier.
 
+An fbank frame is computed from its own 400 samples only. So the extractor gets the frames of all streams of a
+step one after the other, as one signal that it cuts without overlap: one call, which lets the interpreter's
+lock go once, where a call for each stream would have to win it back as often from the threads that serve.
+Copies of single chunks are made by means that keep the lock, for the same reason.
+
 The module knows nothing of the encoder but its window shape.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -36,6 +43,7 @@ Float32 = npt.NDArray[np.float32]
 MIN_SAMPLE_RATE = 8000
 MAX_SAMPLE_RATE = 48000
 _INT16_SCALE = np.float32(32768.0)
+_RENEWED = 1 << 24  # frames after which an extractor is replaced: it counts them in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +78,99 @@ class FrontendConfig:
         return self.subsampling * self.shift_ms * self.sample_rate // 1000
 
     @property
+    def shift(self) -> int:
+        """Model-rate samples per fbank frame."""
+        return self.shift_ms * self.sample_rate // 1000
+
+    @property
     def overlap(self) -> int:
         """Model-rate samples that a unit needs beyond its own (the fbank window's overhang)."""
         return (self.frame_ms - self.shift_ms) * self.sample_rate // 1000
 
 
+class Features:
+    """What streams share: the extractor and the normalisation. Keeps nothing of a stream.
+
+    Raises ValueError if `mean` or `std` are not [mel_bins].
+    """
+
+    def __init__(
+        self, config: FrontendConfig | None = None, *, mean: Float32 | None = None, std: Float32 | None = None
+    ) -> None:
+        c = self.config = config or FrontendConfig()
+        self._mean = np.zeros(c.mel_bins, np.float32) if mean is None else np.asarray(mean, np.float32)
+        self._scale = np.ones(c.mel_bins, np.float32) if std is None else 1 / np.asarray(std, np.float32)
+        if self._mean.shape != (c.mel_bins,) or self._scale.shape != (c.mel_bins,):
+            raise ValueError(f"mean and std must have shape [{c.mel_bins}]")
+        self._row_offsets = np.arange(c.window)
+        self._extractor = _new_extractor(c)
+        self._frames = 0  # that it has extracted
+
+    def windows(self, drawn: Sequence[Drawn]) -> Float32:
+        """Normalised windows [n, window, mel_bins] of all streams' units, stream by stream.
+
+        Every `Drawn` comes here once, and a stream's in their order.
+        """
+        c = self.config
+        drawn = [one for one in drawn if one.units]
+        if not drawn:
+            return np.empty((0, c.window, c.mel_bins), np.float32)
+        rows = self._rows(drawn)
+        np.maximum(rows, np.float32(c.log_floor), out=rows)
+        rows -= self._mean
+        rows *= self._scale
+        # Each stream's rows behind the last ones of its unit before.
+        parts: list[Float32] = []
+        starts: list[int] = []
+        first = place = 0
+        for one in drawn:
+            own = rows[first : first + one.units * c.subsampling]
+            parts += (one.frontend._last_rows, own)
+            one.frontend._last_rows = own[len(own) - c.left_context :].copy()
+            starts += range(place, place + len(own), c.subsampling)
+            first += len(own)
+            place += len(own) + c.left_context
+        joined = _joined(parts).reshape(-1, c.mel_bins)
+        windows: Float32 = joined[np.array(starts)[:, None] + self._row_offsets]
+        return windows
+
+    def _rows(self, drawn: Sequence[Drawn]) -> Float32:
+        """Log-mel rows [subsampling * units, mel_bins] of all, not normalised."""
+        c = self.config
+        length = c.shift + c.overlap
+        audio = (_joined([part for one in drawn for part in one.audio]) * _INT16_SCALE).data
+        frames: list[memoryview] = []
+        place = 0
+        for one in drawn:
+            frames += [
+                audio[start : start + length] for start in range(place, place + one.units * c.unit, c.shift)
+            ]
+            place += one.units * c.unit + c.overlap
+        count = len(frames)
+        if self._frames > _RENEWED:
+            self._extractor, self._frames = _new_extractor(c), 0
+        # Such an array crosses pybind11's sequence caster faster than NumPy's, or a list that must be made.
+        self._extractor.accept_waveform(c.sample_rate, array("f", b"".join(frames)))
+        get = self._extractor.get_frame
+        rows = np.concatenate([get(index) for index in range(self._frames, self._frames + count)])
+        self._extractor.pop(count)
+        self._frames += count
+        return rows.reshape(-1, c.mel_bins)
+
+
+@dataclass(slots=True)
+class Drawn:
+    """Units that a stream has handed to `Features.windows`: their model-rate samples, overlap first."""
+
+    frontend: Frontend
+    audio: list[Float32]
+    units: int
+
+
 class Frontend:
     """One stream's front end. `push` only buffers; features are computed in `take`.
+
+    `features` are those that this stream shares with others; without, it has its own, with `mean` and `std`.
 
     Raises ValueError if `sample_rate` (Hz) is outside 8000..48000 or `mean`/`std` are not [mel_bins].
     """
@@ -88,18 +182,16 @@ class Frontend:
         *,
         mean: Float32 | None = None,
         std: Float32 | None = None,
+        features: Features | None = None,
     ) -> None:
-        c = config or FrontendConfig()
+        self._features = features or Features(config, mean=mean, std=std)
+        c = self._features.config
         if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
             raise ValueError(
                 f"sample_rate must be in {MIN_SAMPLE_RATE}..{MAX_SAMPLE_RATE} Hz, got {sample_rate}"
             )
         self.config = c
         self.sample_rate = sample_rate
-        self._mean = np.zeros(c.mel_bins, np.float32) if mean is None else np.asarray(mean, np.float32)
-        self._scale = np.ones(c.mel_bins, np.float32) if std is None else 1 / np.asarray(std, np.float32)
-        if self._mean.shape != (c.mel_bins,) or self._scale.shape != (c.mel_bins,):
-            raise ValueError(f"mean and std must have shape [{c.mel_bins}]")
         divisor = gcd(sample_rate, c.sample_rate)
         self._in_step = (
             sample_rate // divisor
@@ -112,10 +204,8 @@ class Frontend:
         self._inserted = 0  # of those, silence
         self._audio_end = 0  # one past the client's last sample, in the same count as _pushed
         self._finished = False
-        self._overlap = np.zeros(0, np.float32)  # the last model-rate samples that the extractor was given
+        self._overlap = np.zeros(0, np.float32)  # the last model-rate samples that were drawn
         self._last_rows = np.zeros((c.left_context, c.mel_bins), np.float32)  # normalised
-        self._extractor = _new_extractor(c)
-        self._extracted = 0  # fbank frames taken from this extractor
 
     @property
     def samples_pushed(self) -> int:
@@ -158,17 +248,29 @@ class Frontend:
         Window i holds fbank frames 4 i - 3 .. 4 i + 3; frames before the stream are zeros after
         normalisation.
         """
+        return self._features.windows([self.draw(max_frames)])
+
+    def draw(self, max_frames: int | None = None) -> Drawn:
+        """The samples of the next units, for `Features.windows`, before the next push; see `take`."""
         c = self.config
-        n = self.frames_ready if max_frames is None else min(self.frames_ready, max_frames)
-        windows = np.empty((n, c.window, c.mel_bins), np.float32)
-        for window in windows:
-            window[: c.left_context] = self._last_rows
-            rows = window[c.left_context :]
-            self._next_unit(rows)
-            rows -= self._mean
-            rows *= self._scale
-            self._last_rows = rows[c.subsampling - c.left_context :].copy()
-        return windows
+        ready = self.frames_ready
+        n = ready if max_frames is None else min(ready, max_frames)
+        if n <= 0:
+            return Drawn(self, [], 0)
+        audio = [self._overlap]
+        if self.sample_rate == c.sample_rate:
+            audio.append(self._next(n))
+        else:
+            for _ in range(n):
+                unit, start = self._units, self._window_start(self._units)
+                first = unit * c.unit + (c.overlap if unit else 0)
+                offset = first - start // self._in_step * self._out_step
+                length = (unit + 1) * c.unit + c.overlap - first
+                resampled = soxr.resample(self._next(1), self.sample_rate, c.sample_rate, "HQ")
+                audio.append(resampled[offset : offset + length])
+        last = audio[-1]
+        self._overlap = last[len(last) - c.overlap :].copy()
+        return Drawn(self, audio, n)
 
     def flush(self) -> int:
         """Complete the frame that was started with silence, so that all audio so far is in a window.
@@ -215,9 +317,10 @@ class Frontend:
         *,
         mean: Float32 | None = None,
         std: Float32 | None = None,
+        features: Features | None = None,
     ) -> Frontend:
         """Continue an exported stream, bit for bit. Raises ValueError if the state does not fit `config`."""
-        self = cls(int(state["sample_rate"]), config, mean=mean, std=std)
+        self = cls(int(state["sample_rate"]), config, mean=mean, std=std, features=features)
         self._units, self._pushed = int(state["units"]), int(state["pushed"])
         self._inserted, self._finished = int(state["inserted"]), bool(state["finished"])
         self._audio_end = int(state["audio_end"])
@@ -236,8 +339,6 @@ class Frontend:
             raise ValueError("front end state does not fit this configuration")
         self._samples.append(samples)
         self._overlap, self._last_rows = overlap.copy(), last_rows.copy()
-        if expected:
-            self._feed(self._overlap)
         return self
 
     def _window_start(self, unit: int) -> int:
@@ -251,29 +352,13 @@ class Frontend:
         last = (unit + 1) * self.config.unit + self.config.overlap
         return -(-last * self._in_step // self._out_step) + self._context
 
-    def _next_unit(self, rows: Float32) -> None:
-        """Compute the next unit's log-mel rows into `rows` [subsampling, mel_bins]."""
-        c = self.config
-        unit, start = self._units, self._window_start(self._units)
-        audio = self._samples.view()[: self._window_end(unit) - start]
-        if self.sample_rate != c.sample_rate:
-            first = unit * c.unit + (c.overlap if unit else 0)
-            offset = first - start // self._in_step * self._out_step
-            length = (unit + 1) * c.unit + c.overlap - first
-            audio = soxr.resample(audio, self.sample_rate, c.sample_rate, "HQ")[offset : offset + length]
-        self._feed(audio)
-        self._overlap = audio[len(audio) - c.overlap :].copy()
-        for row in rows:
-            row[:] = self._extractor.get_frame(self._extracted)
-            self._extracted += 1
-        self._extractor.pop(c.subsampling)
-        np.maximum(rows, np.float32(c.log_floor), out=rows)
-        self._units += 1
+    def _next(self, units: int) -> Float32:
+        """A view, until the next push, of the input that the next units need; they count as taken."""
+        start = self._window_start(self._units)
+        self._units += units
+        audio = self._samples.view()[: self._window_end(self._units - 1) - start]
         self._samples.discard(self._window_start(self._units) - start)
-
-    def _feed(self, audio: Float32) -> None:
-        # A list of Python floats crosses pybind11's sequence caster twice as fast as an array does.
-        self._extractor.accept_waveform(self.config.sample_rate, (audio * _INT16_SCALE).tolist())
+        return audio
 
 
 def offline_features(samples: Float32, sample_rate: int, config: FrontendConfig | None = None) -> Float32:
@@ -289,6 +374,11 @@ def offline_features(samples: Float32, sample_rate: int, config: FrontendConfig 
     return frontend.take()[:, c.left_context :].reshape(-1, c.mel_bins)
 
 
+def _joined(arrays: Sequence[Float32]) -> Float32:
+    """All elements [n], read-only, without letting the interpreter's lock go for every array."""
+    return np.frombuffer(b"".join([array.data for array in arrays]), np.float32)
+
+
 class _Fifo:
     """Samples in order: amortised O(1) append and discard; the buffer shrinks again after a burst."""
 
@@ -301,7 +391,8 @@ class _Fifo:
         n, held = len(samples), self._end - self._start
         if self._end + n > len(self._buffer):
             self._move(max(2048, 2 * (held + n)))
-        self._buffer[self._end : self._end + n] = samples
+        # Not NumPy's copy, which lets the interpreter's lock go above 500 elements.
+        self._buffer.data[self._end : self._end + n] = samples.data
         self._end += n
 
     def discard(self, n: int) -> None:
@@ -324,7 +415,7 @@ def _new_extractor(config: FrontendConfig) -> kaldi_native_fbank.OnlineFbank:
     options = kaldi_native_fbank.FbankOptions()
     options.frame_opts.samp_freq = config.sample_rate
     options.frame_opts.frame_length_ms = config.frame_ms
-    options.frame_opts.frame_shift_ms = config.shift_ms
+    options.frame_opts.frame_shift_ms = config.frame_ms  # what it gets is cut into frames already
     options.frame_opts.dither = 0.0
     options.frame_opts.snip_edges = True
     options.mel_opts.num_bins = config.mel_bins

@@ -8,6 +8,7 @@ it changes does not depend on how the server batches steps.
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from safetensors.numpy import save as save_tensors
 from realtide.engines.ancat.config import NO_CAP
 from realtide.engines.ancat.decode_state import DecodeState
 from realtide.engines.ancat.decoder import Decoder
-from realtide.engines.ancat.frontend import Float32, Frontend
+from realtide.engines.ancat.frontend import Drawn, Float32, Frontend
 from realtide.engines.ancat.types import (
     Applied,
     Audio,
@@ -57,16 +58,16 @@ class Due:
 
 @dataclass(slots=True)
 class Work:
-    """What a session puts into one step: windows [n, 7, mel], first frame, and how the step ends for it."""
+    """What a session puts into one step: audio of new frames, the first one, how the step ends for it."""
 
-    windows: Float32
+    drawn: Drawn
     first: int
     ending: str | None  # "flush", "finish" or None
 
     @property
     def frames(self) -> int:
         """Number of new encoder frames."""
-        return len(self.windows)
+        return self.drawn.units
 
 
 class SpeechSession:
@@ -80,6 +81,7 @@ class SpeechSession:
         state: DecodeState,
         decoder: Decoder,
         frame_ms: int,
+        step_frames: int,
         budget: float,
     ) -> None:
         self._lease = lease
@@ -87,6 +89,7 @@ class SpeechSession:
         self._frontend = frontend
         self._decoder = decoder
         self._frame_ms = frame_ms
+        self._step_frames = step_frames
         self._budget = budget
         self._due: deque[Due] = deque()
         self._held: deque[SpeechInput] = deque()
@@ -149,6 +152,19 @@ class SpeechSession:
             self._lease.held and not self._finished and (self._frontend.frames_ready > 0 or bool(self._due))
         )
 
+    def full(self) -> bool:
+        """True if more audio is of no use for the coming step, or is ahead of the clock and can wait.
+
+        What live streams have due shares a step; a file that comes faster than it would be spoken adds one
+        frame to it, not twelve.
+        """
+        ready = self._frontend.frames_ready
+        return (
+            bool(self._due)
+            or ready >= self._step_frames
+            or (ready > 0 and self._last_received > time.monotonic())
+        )
+
     def backlog(self) -> int:
         """Complete encoder frames that no step has taken yet."""
         return self._frontend.frames_ready
@@ -158,8 +174,9 @@ class SpeechSession:
         since = self._last_received if self._waiting_since is None else self._waiting_since
         return since + self._budget
 
-    def take(self, limit: int) -> Work:
-        """At most `limit` frames for the coming step, none beyond the next control."""
+    def take(self) -> Work:
+        """What is ready for the coming step, at most `step_frames` frames, none beyond the next control."""
+        limit = self._step_frames
         first = self._frontend.frames_taken
         due = self._due[0] if self._due else None
         if due is not None and isinstance(due.control, Flush | Finish):
@@ -172,14 +189,14 @@ class SpeechSession:
                 due.frame, due.complete = first + self._frontend.frames_ready, True
         elif due is not None:
             limit = min(limit, due.frame - first)
-        windows = self._frontend.take(limit)
+        drawn = self._frontend.draw(limit)
         ending = None
-        if due is not None and due.complete and due.frame == first + len(windows):
+        if due is not None and due.complete and due.frame == first + drawn.units:
             ending = "flush" if isinstance(due.control, Flush) else "finish"
         rate = self._frontend.sample_rate
         self.decode.audio_end = self._frontend.samples_pushed / rate
         self._waiting_since = self._last_received if self._frontend.frames_ready else None
-        return Work(windows, first, ending)
+        return Work(drawn, first, ending)
 
     def ended(self, work: Work) -> list[SpeechEvent]:
         """The step with `work` is over: apply what was due after it. Returns receipts."""

@@ -62,8 +62,8 @@ class Room:
         self.sizes: list[int] = []
         encode = self.engine._encode
 
-        def listening(sessions: Sequence[SpeechSession], works: Any) -> Any:
-            encoded, available, counts = encode(sessions, works)
+        def listening(sessions: Sequence[SpeechSession], works: Any, windows: Any) -> Any:
+            encoded, available, counts = encode(sessions, works, windows)
             at = 0
             for session, n in zip(sessions, counts, strict=True):
                 heard = self.heard.setdefault(id(session), Heard())

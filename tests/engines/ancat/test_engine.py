@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from realtide.engines.ancat.engine import load
 from realtide.engines.ancat.latency import availability, cap_depths
 from realtide.engines.ancat.offline import encode, hard_arcs
 from realtide.engines.ancat.session import SpeechSession
-from realtide.engines.ancat.types import Audio, EndpointRules, SpeechInput, SpeechOptions
+from realtide.engines.ancat.types import Audio, EndpointRules, Flush, SpeechInput, SpeechOptions
 from realtide.engines.engine import SlotsExhausted
 from tests.engines.ancat.conftest import Clip, SmallBundle
 from tests.engines.ancat.oracle import Dial, Oracle
@@ -293,6 +294,38 @@ def test_deadlines_and_backlog(room: Room, clips: dict[str, Clip]) -> None:
     assert session.backlog() == 24 - room.engine._model.step_frames
     session.close()
     assert not session.runnable()
+
+
+def test_a_session_is_full_when_more_audio_would_not_be_in_its_step(
+    room: Room, clips: dict[str, Clip]
+) -> None:
+    clip, frames = clips["wake-alexa"], room.engine._model.step_frames
+
+    def audio(first: int, last: int, due: float = 0.0) -> Audio:
+        """What completes frames `first` to `last`, exclusive."""
+        return Audio(clip.samples[640 * first + 240 : 640 * last + 240], due)
+
+    session = room.engine.open(options(clip))
+    assert not session.full()
+    session.push(Audio(clip.samples[:240], 0.0))
+    session.push(audio(0, frames - 1))
+    assert session.runnable()
+    assert not session.full()
+    session.push(audio(frames - 1, frames))
+    assert session.full()
+    room.engine.step([session], ignore)
+    assert not session.full()
+    # Ahead of the clock: a frame is enough.
+    session.push(audio(frames, frames + 1, time.monotonic() + 1000))
+    assert session.runnable()
+    assert session.full()
+    room.engine.step([session], ignore)
+    session.push(Flush("now"))
+    assert session.full()  # what follows it is held back until its step is over
+    room.engine.step([session], ignore)
+    assert not session.full()
+    session.close()
+    assert not session.full()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from realtide.engines.ancat.frontend import Frontend, FrontendConfig, offline_features
+from realtide.engines.ancat import frontend as frontend_module
+from realtide.engines.ancat.frontend import Features, Frontend, FrontendConfig, offline_features
 
 CLIPS = Path(__file__).parents[2] / "data" / "audio"
 RATES = (8000, 11025, 16000, 22050, 44100, 48000, 12345)
@@ -69,6 +70,35 @@ def test_any_chunking_does_not_change_a_bit(sizes: list[int], rate: int) -> None
     samples = speechlike(rate, 0.3)
     once = feed(Frontend(rate), samples, [len(samples)])
     np.testing.assert_array_equal(feed(Frontend(rate), samples, sizes), once)
+
+
+def test_streams_that_share_features_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams of several rates in one call, some with nothing to give; the extractor is renewed meanwhile."""
+    monkeypatch.setattr(frontend_module, "_RENEWED", 100)
+    mean, std = np.linspace(1, 2, 80, dtype=np.float32), np.linspace(2, 3, 80, dtype=np.float32)
+    rates = (16000, 8000, 16000, 44100)
+    sounds = [speechlike(rate, 0.9 + seed / 10, seed) for seed, rate in enumerate(rates)]
+    shared = Features(mean=mean, std=std)
+    streams = [Frontend(rate, features=shared) for rate in rates]
+    got: list[list[np.ndarray]] = [[] for _ in rates]
+    rng, pushed = np.random.default_rng(3), [0] * len(rates)
+    for last in [False] * 20 + [True]:
+        for k, (stream, sound) in enumerate(zip(streams, sounds, strict=True)):
+            n = len(sound) - pushed[k] if last else int(rng.integers(0, stream.sample_rate // 10))
+            stream.push(sound[pushed[k] : pushed[k] + n])
+            pushed[k] = min(pushed[k] + n, len(sound))
+            if last:
+                stream.finish()
+        drawn = [stream.draw(None if last else 2) for stream in streams]
+        windows = shared.windows(drawn)
+        assert len(windows) == sum(one.units for one in drawn)
+        at = 0
+        for k, one in enumerate(drawn):
+            got[k].append(windows[at : at + one.units])
+            at += one.units
+    for rate, sound, parts in zip(rates, sounds, got, strict=True):
+        alone = feed(Frontend(rate, mean=mean, std=std), sound, [len(sound)])
+        np.testing.assert_array_equal(np.concatenate(parts), alone)
 
 
 def test_features_are_kaldis() -> None:
