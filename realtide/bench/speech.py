@@ -37,7 +37,7 @@ def command(
     ] = 40,
     probe_ms: Annotated[
         int, typer.Option(min=10, help="Interval of a stream's delay probes.", rich_help_panel=_LOAD)
-    ] = 500,
+    ] = 1000,
     rate: Annotated[
         int, typer.Option(min=8000, max=48000, help="Samples per second.", rich_help_panel=_LOAD)
     ] = 16000,
