@@ -105,14 +105,14 @@ def state_shapes(config: EncoderConfig, step_frames: int) -> dict[str, tuple[int
     long, short = config.long_ring(step_frames), config.short_ring(step_frames)
     shapes: dict[str, tuple[int, tuple[int, ...], str]] = {
         "counts": (1, (config.layers,), "int64"),
-        "newest": (1, (config.layers,), "int64"),
+        "newest": (1, (config.layers,), "float64"),
     }
     for layer in range(config.layers):
-        shapes[f"key_{layer}"] = (long, (config.dim,), "float32")
-        shapes[f"value_{layer}"] = (long, (config.dim,), "float32")
+        shapes[f"key_{layer}"] = (config.heads * long, (config.head_dim,), "float32")
+        shapes[f"value_{layer}"] = (config.heads * long, (config.head_dim,), "float32")
         if config.rule != "causal":
             shapes[f"residual_{layer}"] = (short, (config.dim,), "float32")
             shapes[f"depth_{layer}"] = (short, (), "int64")
-            shapes[f"available_{layer}"] = (short, (), "int64")
+            shapes[f"available_{layer}"] = (short, (), "float64")
         shapes[f"conv_{layer}"] = (short, (config.dim,), "float32")
     return shapes

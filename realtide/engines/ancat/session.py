@@ -40,7 +40,7 @@ from realtide.engines.engine import CheckpointMismatch
 from realtide.engines.runtime.slots import SlotLease, SlotState
 
 Control = SetLookahead | SetInterim | SetEndpointing | SetBoosts | Flush | Finish
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(slots=True)

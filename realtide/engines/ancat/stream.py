@@ -10,20 +10,22 @@ A call resolves at most Q = `step_frames` nodes of a stream in a layer. Where a 
 set for the stream and the caller calls again at once with no new frames; layers above know of the backlog
 and do not mistake it for missing future.
 
-State per layer, in row rings of W rows a slot, addressed ``slot * W + position % W``, so that nothing
-ever moves and an index serves all rings of one length, of a layer and of the next:
+State per layer, in row rings of W positions a slot, so that nothing ever moves; position p of a slot lies
+at place ``p % W`` of each:
 
-    long    key, value [dim]       of inputs
+    long    key, value [head dim]  of inputs, a row for each head: ``(slot * heads + head) * W + p % W``
     short   residual [dim]         inputs that wait
             depth, available []    of those
             conv [dim]             gated inputs of the depthwise kernel
 
 and ``counts`` [slots, layers], nodes resolved so far, ``newest`` [slots, layers], the availability of the
-last of them. *Availability* of a node is the index of the newest encoder input frame that had to exist
-for it; minus the node's own index it is the algorithmic latency (design/ancat.md, with the past included
-in the maximum because a node needs its left context too). With a cap of K frames a node i stops waiting
-once input frame i + K has been seen, so the latency of every output is at most K whatever the schedulers
-ask for. The end of the stream comes after its last frame: inside it counts as one more frame.
+last of them. What follows from ``counts`` alone (where a layer's nodes, keys and taps lie) is worked out
+for all layers at once, before the first. *Availability* of a node is the index of the newest encoder input
+frame that had to exist for it; minus the node's own index it is the algorithmic latency (design/ancat.md,
+with the past included in the maximum because a node needs its left context too). With a cap of K frames a
+node i stops waiting once input frame i + K has been seen, so the latency of every output is at most K
+whatever the schedulers ask for. The end of the stream comes after its last frame: inside it counts as one
+more frame. Availabilities are float64, which is exact for any frame index and has a running maximum.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from realtide.engines.ancat.config import EncoderConfig, state_shapes
 from realtide.engines.ancat.model import Block, Encoder
 from realtide.engines.ancat.offline import hard_depth
 
-ABSENT = 1 << 50  # availability of a frame that does not exist yet: later than any deadline
+ABSENT = float(1 << 50)  # availability of a frame that does not exist yet: later than any deadline
+FOUND = float(1 << 49)  # anything below is the availability of something that exists
 
 
 def write_rows(ring: Tensor, index: Tensor, rows: Tensor) -> Tensor:
@@ -56,27 +59,38 @@ def write_rows(ring: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 class Nodes:
     """Packed nodes between layers."""
 
-    x: Tensor  # [N, dim]; the rest [N]
-    long: Tensor  # row in the long rings
+    x: Tensor  # [N, dim]; the rest [N] but where it says otherwise
+    long: Tensor  # rows in the long rings [N * heads]
     short: Tensor  # row in the short rings
     stream: Tensor  # 0..B-1
     position: Tensor
-    available: Tensor
+    available: Tensor  # float64
 
 
 @dataclass(slots=True)
-class Streams:
-    """What a layer needs to know of the B streams, each [B, 1]."""
+class Where:
+    """Rows of one layer's nodes, or of all layers' before `layer` takes them apart; lane o is node done + o.
 
-    long: Tensor  # first row in the long rings
-    short: Tensor  # first row in the short rings
-    seen: Tensor  # newest input frame
-    least: Tensor  # least keep score of an open arc
-    cap: Tensor
-    open: Tensor  # bool, more frames may come
-    arrived: Tensor  # inputs of the next layer so far
-    more: Tensor  # bool, an earlier layer has nodes that are ready but did not fit into this call
-    lanes: Tensor  # [B * Q], the stream of every lane
+    Q lanes a stream; the lanes of all streams, and of all layers, are numbered through.
+    """
+
+    long: Tensor  # [layers * B * Q, heads], of every lane in the long rings
+    short: Tensor  # [layers * B * Q], in the short rings
+    taps: Tensor  # [layers * B * Q, kernel], in the short rings, oldest first
+    keys: Tensor  # [layers, B, heads, keys], in the long rings: from done - left on
+    reach: Tensor  # [layers, B, 1, 1, keys], key less done; far ahead where the stream had not begun
+
+
+@dataclass(slots=True)
+class Waiting:
+    """What a layer's decisions need to know of all layers, each [layers, B, n]; Q + 1 nodes and R after."""
+
+    queue: Tensor  # rows in the short rings of node done and all after
+    head: Tensor  # the same, of the Q + 1 nodes
+    position: Tensor  # float64, of the queue
+    limit: Tensor  # float64, when the cap ends the waiting of the Q + 1 nodes, the end of the stream included
+    last: Tensor  # float64, availability of the newest resolved node
+    lasts: Tensor  # the same, Q + 1 times
 
 
 class StreamStep(nn.Module):
@@ -114,51 +128,210 @@ class StreamStep(nn.Module):
         the next state.
         """
         states = dict(zip(self.names, state, strict=True))
-        counts = torch.split(states["counts"].index_select(0, slots), 1, 1)
-        newest = torch.split(states["newest"].index_select(0, slots), 1, 1)
-        inputs, long, short = arrived.unsqueeze(1), slots * self.long, slots * self.short
+        counts = states["counts"].index_select(0, slots)  # [B, layers]
+        newest = states["newest"].index_select(0, slots)
+        long, short = slots * (self.long * self.config.heads), slots * self.short
+        rows = long.index_select(0, stream) + position % self.long
+        heads = torch.arange(self.config.heads, device=slots.device) * self.long
         nodes = Nodes(
             self.encoder.subsample(windows),
-            long.index_select(0, stream) + position % self.long,
+            (rows.unsqueeze(1) + heads).flatten(),
             short.index_select(0, stream) + position % self.short,
             stream,
             position,
-            position,
+            position.to(torch.float64),
         )
-        lanes = (
-            torch.arange(slots.shape[0], device=slots.device)
-            .unsqueeze(1)
-            .expand(-1, self.step_frames)
-            .flatten()
-        )
-        none = (inputs < 0) & (inputs > 0)
-        streams = Streams(
-            long.unsqueeze(1),
-            short.unsqueeze(1),
-            inputs - 1,
-            least.unsqueeze(1),
-            cap.unsqueeze(1),
-            final.unsqueeze(1) == 0,
-            inputs,
-            none,
-            lanes,
-        )
-        resolved, latest = [], []
-        run = LayerStep(self.config, self.step_frames)
-        step = run.causal if self.config.rule == "causal" else run.adaptive
+        if self.config.rule == "causal":
+            return self._causal(nodes, counts, newest, arrived, slots, states)
+        return self._adaptive(nodes, counts, newest, arrived, least, cap, final, slots, states)
+
+    def _causal(
+        self,
+        nodes: Nodes,
+        counts: Tensor,
+        newest: Tensor,
+        arrived: Tensor,
+        slots: Tensor,
+        states: dict[str, Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Without lookahead nothing waits: all layers are at the same frame and share all indices."""
+        run, lanes = LayerStep(self.config, self.step_frames), self.step_frames
+        done = counts[:, 0]
+        where = self._where(done.view(1, -1, 1), slots)
+        offset = nodes.position - done.index_select(0, nodes.stream)
+        taps = where.taps.index_select(0, nodes.stream * lanes + offset)
+        new = torch.arange(lanes, device=slots.device) < (arrived - done).unsqueeze(1)
+        lane = new.amax(0).nonzero().squeeze(1)
+        place = nodes.stream * new.to(torch.int64).sum(1).amax(0) + offset
+        padded = run.padded(new.to(torch.int64).flatten()).index_select(2, lane)
+        seen = where.reach <= lane.unsqueeze(1)
         for layer, module in enumerate(self.encoder.blocks):
             block: Block = module  # type: ignore[assignment]
-            nodes, last = step(block, layer, states, nodes, streams, counts[layer], newest[layer])
-            resolved.append(streams.arrived)
-            latest.append(last)
-        states["counts"] = write_rows(states["counts"], slots, torch.cat(resolved, 1))
-        states["newest"] = write_rows(states["newest"], slots, torch.cat(latest, 1))
-        more = streams.more.squeeze(1).to(torch.int64)
-        encoded = self.encoder.leave(nodes.x)
+            residual, key, value, _ = block.arrive(nodes.x)
+            run.remember(states, layer, nodes.long, key, value)
+            q = block.queries(residual)
+            mixed = run.attend(block, layer, states, q, padded, place, lane, where.keys, seen)
+            nodes.x = run.convolve(
+                block, layer, states, residual + block.attention_out(mixed), nodes.short, taps
+            )
+        # As a maximum with what was read, so that no runtime may update the state before it is read.
+        resolved = torch.maximum(counts, arrived.unsqueeze(1))
+        latest = torch.maximum(newest, (arrived - 1).to(torch.float64).unsqueeze(1))
+        more = torch.zeros_like(arrived)
         # Every output is a tensor of its own: an input may not be handed back as an output.
-        available = torch.minimum(nodes.available, streams.seen.flatten().index_select(0, nodes.stream))
-        stream, position = nodes.stream + 0, nodes.position + 0
+        stream, position, available = nodes.stream + 0, nodes.position + 0, nodes.position + 0
+        return self._out(nodes.x, stream, position, available, more, resolved, latest, slots, states)
+
+    def _adaptive(
+        self,
+        nodes: Nodes,
+        counts: Tensor,
+        newest: Tensor,
+        arrived: Tensor,
+        least: Tensor,
+        cap: Tensor,
+        final: Tensor,
+        slots: Tensor,
+        states: dict[str, Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Layer by layer: take what arrives, decide what leaves, compute it."""
+        run, lanes, layers = LayerStep(self.config, self.step_frames), self.step_frames, self.config.layers
+        device, streams = slots.device, slots.shape[0]
+        done = counts.t().unsqueeze(2)  # [layers, B, 1]
+        where = self._where(done, slots)
+        waiting = self._waiting(done, newest, arrived, cap, slots)
+        keys, reach, queue, head, position, limit, last, lasts = (
+            torch.split(table, 1)
+            for table in (
+                where.keys,
+                where.reach,
+                waiting.queue,
+                waiting.head,
+                waiting.position,
+                waiting.limit,
+                waiting.last,
+                waiting.lasts,
+            )
+        )
+        first = torch.split(torch.arange(layers, device=device) * (streams * lanes), 1)  # lane of each layer
+        begin = torch.split(done.to(torch.float64), 1)
+        column = torch.arange(lanes, device=device).unsqueeze(0)
+        lane_stream, lane_offset, lane_least = (
+            table.expand(streams, lanes).flatten()
+            for table in (torch.arange(streams, device=device).unsqueeze(1), column, least.unsqueeze(1))
+        )
+        lane_least = lane_least.unsqueeze(1)
+        limits = least.index_select(0, nodes.stream).unsqueeze(1)
+        inputs = arrived.to(torch.float64).view(1, -1, 1)  # of the layer so far
+        # No frame that is yet to come is available before this; at the end none comes.
+        coming = torch.where(final.view(1, -1, 1) == 0, inputs, ABSENT)
+        resolved, latest, beyond = [], [], []
+        for layer, module in enumerate(self.encoder.blocks):
+            block: Block = module  # type: ignore[assignment]
+            residual, key, value, scores = block.arrive(nodes.x)
+            run.remember(states, layer, nodes.long, key, value)
+            run.wait(states, layer, nodes, residual, run.depth(scores, nodes, limits))
+            ready, end, over = run.readiness(
+                states,
+                layer,
+                queue[layer],
+                head[layer],
+                position[layer],
+                limit[layer],
+                lasts[layer],
+                inputs,
+                coming,
+            )
+            leaves = ready < FOUND  # [1, B, Q]
+            count = leaves.to(torch.int64)
+            resolving = count.sum(2, keepdim=True)
+            every = count.flatten()
+            flat = every.nonzero().squeeze(1)
+            here = flat + first[layer]
+            short = where.short.index_select(0, here)
+            lane = leaves.amax((0, 1)).nonzero().squeeze(1)  # 0 .. most nodes of a stream - 1
+            place = (lane_stream * resolving.amax((0, 1)) + lane_offset).index_select(0, flat)
+            padded = run.padded(every).index_select(2, lane)
+            seen = reach[layer] < end.index_select(2, lane).unsqueeze(2).unsqueeze(4)
+            waited = states[f"residual_{layer}"].index_select(0, short)
+            q = block.queries(waited)
+            mixed = run.attend(block, layer, states, q, padded, place, lane, keys[layer], seen)
+            x = waited + block.attention_out(mixed)
+            x = run.convolve(block, layer, states, x, short, where.taps.index_select(0, here))
+            stream = lane_stream.index_select(0, flat)
+            at = counts[:, layer].index_select(0, stream) + lane_offset.index_select(0, flat)
+            available = ready.flatten().index_select(0, flat)
+            nodes = Nodes(x, where.long.index_select(0, here).flatten(), short, stream, at, available)
+            limits = lane_least.index_select(0, flat)
+            inputs = begin[layer] + resolving
+            resolved.append(inputs)
+            latest.append(torch.where(leaves, ready, last[layer]).amax(2, keepdim=True))
+            beyond.append(over)
+            # What did not fit into this call comes later, but is available no later than now.
+            coming = torch.maximum(torch.minimum(coming, over), latest[-1])
+        more = (torch.cat(beyond).amin(0) < FOUND).squeeze(1).to(torch.int64)
+        resolved_all = torch.cat(resolved).squeeze(2).t().to(torch.int64)
+        latest_all = torch.cat(latest).squeeze(2).t()
+        seen_last = (arrived - 1).to(torch.float64).index_select(0, nodes.stream)
+        available = torch.minimum(nodes.available, seen_last).to(torch.int64)
+        return self._out(
+            nodes.x, nodes.stream, nodes.position, available, more, resolved_all, latest_all, slots, states
+        )
+
+    def _out(
+        self,
+        x: Tensor,
+        stream: Tensor,
+        position: Tensor,
+        available: Tensor,
+        more: Tensor,
+        counts: Tensor,
+        newest: Tensor,
+        slots: Tensor,
+        states: dict[str, Tensor],
+    ) -> tuple[Tensor, ...]:
+        states["counts"] = write_rows(states["counts"], slots, counts)
+        states["newest"] = write_rows(states["newest"], slots, newest)
+        encoded = self.encoder.leave(x)
         return (encoded, stream, position, available, more, *(states[name] for name in self.names))
+
+    def _where(self, done: Tensor, slots: Tensor) -> Where:
+        """done [layers, B, 1], nodes that each layer has resolved."""
+        config, lanes, device = self.config, self.step_frames, done.device
+        left, right, kernel, heads = config.left, config.right, config.kernel, config.heads
+        key_at = done + torch.arange(-left, lanes + right, device=device)
+        place = (slots * (self.long * heads)).unsqueeze(1) + key_at % self.long  # [layers, B, keys]
+        head = torch.arange(heads, device=device) * self.long
+        long = (place[:, :, left : left + lanes].unsqueeze(3) + head).flatten(0, 2)
+        short = self._short(done, slots, 1 - kernel, lanes)
+        column = torch.arange(lanes, device=device).unsqueeze(1) + torch.arange(kernel, device=device)
+        taps = short.index_select(2, column.flatten()).view(-1, kernel)
+        keys = place.unsqueeze(2) + head.unsqueeze(1)
+        reach = torch.where(key_at >= 0, torch.arange(-left, lanes + right, device=device), self.long)
+        return Where(long, short[:, :, kernel - 1 :].flatten(), taps, keys, reach.unsqueeze(2).unsqueeze(2))
+
+    def _waiting(self, done: Tensor, newest: Tensor, arrived: Tensor, cap: Tensor, slots: Tensor) -> Waiting:
+        """done [layers, B, 1]; newest [B, layers], arrived [B], cap [B]."""
+        columns = self.step_frames + 1
+        queue = self._short(done, slots, 0, self.config.waiting(self.step_frames))
+        position = done + torch.arange(self.config.waiting(self.step_frames), device=done.device)
+        # What only the end resolves comes one frame later than the last: whoever's deadline that frame was
+        # has given up, whether or not the end was known by then.
+        limit = torch.minimum(position[:, :, :columns] + cap.unsqueeze(1), arrived.unsqueeze(1))
+        last = newest.t().unsqueeze(2)
+        return Waiting(
+            queue,
+            queue[:, :, :columns],
+            position.to(torch.float64),
+            limit.to(torch.float64),
+            last,
+            last.expand(-1, -1, columns),
+        )
+
+    def _short(self, done: Tensor, slots: Tensor, begin: int, end: int) -> Tensor:
+        """Rows [layers, B, end - begin] of the short rings of nodes done + begin and on."""
+        position = done + torch.arange(begin, end, device=done.device)
+        return (slots * self.short).unsqueeze(1) + position % self.short
 
 
 class LayerStep:
@@ -167,139 +340,70 @@ class LayerStep:
     def __init__(self, config: EncoderConfig, step_frames: int) -> None:
         self.config = config
         self.lanes = step_frames
-        self.long, self.short = config.long_ring(step_frames), config.short_ring(step_frames)
-
-    def adaptive(
-        self,
-        block: Block,
-        layer: int,
-        states: dict[str, Tensor],
-        nodes: Nodes,
-        streams: Streams,
-        done: Tensor,
-        last: Tensor,
-    ) -> tuple[Nodes, Tensor]:
-        """Take N inputs in, give M resolved nodes out.
-
-        Also returns the availability [B, 1] of each stream's newest resolved node. done [B, 1], nodes that
-        this layer has resolved; last [B, 1], availability of the last of them.
-        """
-        residual, key, value, scores = block.arrive(nodes.x)
-        depth = self.depth(scores, nodes, streams.least)
-        self.write(states, "key", layer, nodes.long, key)
-        self.write(states, "value", layer, nodes.long, value)
-        for name, values in (("residual", residual), ("depth", depth), ("available", nodes.available)):
-            self.write(states, name, layer, nodes.short, values)
-
-        recent = self.recent(streams, done)
-        node = done + torch.arange(self.lanes + 1, device=done.device)
-        count, attended, available = self.readiness(states, layer, recent, node, streams, done, last)
-        fit = count.clamp(max=self.lanes)
-        ready = torch.arange(self.lanes, device=done.device) < fit
-        flat = ready.flatten().nonzero().squeeze(1)  # lane numbers of resolved nodes, stream * Q + lane
-        stream, position = streams.lanes.index_select(0, flat), pick(node[:, : self.lanes], flat)
-        kernel = self.config.kernel
-        short = pick(recent[:, kernel - 1 : kernel - 1 + self.lanes], flat)
-        long = streams.long.flatten().index_select(0, stream) + position % self.long
-        waited = states[f"residual_{layer}"].index_select(0, short)
-        lane = ready.to(torch.int64).amax(0).nonzero().squeeze(1)  # 0 .. most nodes of a stream - 1
-        offset = position - done.flatten().index_select(0, stream)
-        mixed = self.attend(
-            block, layer, states, block.queries(waited), stream, offset, lane, streams, done, attended
-        )
-        x = self.convolve(block, layer, states, waited + block.attention_out(mixed), flat, short, recent)
-        available = available[:, : self.lanes]
-        latest = torch.where(ready, available, last).amax(1, keepdim=True)
-        streams.arrived = done + fit
-        streams.more = streams.more | (count > self.lanes)
-        return Nodes(x, long, short, stream, position, pick(available, flat)), latest
-
-    def causal(
-        self,
-        block: Block,
-        layer: int,
-        states: dict[str, Tensor],
-        nodes: Nodes,
-        streams: Streams,
-        done: Tensor,
-        last: Tensor,
-    ) -> tuple[Nodes, Tensor]:
-        """The same layer without lookahead: nothing waits, so nothing is scheduled, queued or packed anew."""
-        residual, key, value, _ = block.arrive(nodes.x)
-        self.write(states, "key", layer, nodes.long, key)
-        self.write(states, "value", layer, nodes.long, value)
-        recent = self.recent(streams, done)
-        offset = nodes.position - done.flatten().index_select(0, nodes.stream)
-        flat = nodes.stream * self.lanes + offset
-        new = torch.arange(self.lanes, device=done.device) < streams.arrived - done
-        lane = new.to(torch.int64).amax(0).nonzero().squeeze(1)
-        queries = block.queries(residual)
-        mixed = self.attend(block, layer, states, queries, nodes.stream, offset, lane, streams, done, None)
-        nodes.x = self.convolve(
-            block, layer, states, residual + block.attention_out(mixed), flat, nodes.short, recent
-        )
-        # As a maximum with what was read, so that no runtime may update the state before it is read.
-        streams.arrived = torch.maximum(streams.arrived, done)
-        return nodes, torch.maximum(streams.seen, last)
 
     def write(self, states: dict[str, Tensor], name: str, layer: int, index: Tensor, values: Tensor) -> None:
         """Write rows [n, ...] of a ring of this layer."""
         states[f"{name}_{layer}"] = write_rows(states[f"{name}_{layer}"], index, values)
 
-    def recent(self, streams: Streams, done: Tensor) -> Tensor:
-        """Short ring rows [B, kernel - 1 + waiting] of positions from done - kernel + 1 on, in order."""
-        width = self.config.waiting(self.lanes)
-        offset = torch.arange(1 - self.config.kernel, width, device=done.device)
-        return streams.short + (done + offset) % self.short
+    def remember(
+        self, states: dict[str, Tensor], layer: int, long: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Keys and values [N, dim] of inputs into rows long [N * heads]."""
+        self.write(states, "key", layer, long, key.view(-1, self.config.head_dim))
+        self.write(states, "value", layer, long, value.view(-1, self.config.head_dim))
+
+    def wait(
+        self, states: dict[str, Tensor], layer: int, nodes: Nodes, residual: Tensor, depth: Tensor
+    ) -> None:
+        """Inputs enter the queue."""
+        for name, values in (("residual", residual), ("depth", depth), ("available", nodes.available)):
+            self.write(states, name, layer, nodes.short, values)
 
     def depth(self, scores: Tensor | None, nodes: Nodes, least: Tensor) -> Tensor:
-        """Frames ahead that each input [N] asks for."""
+        """Frames ahead that each input [N] asks for; least [N, 1] as `StreamStep.forward` has it."""
         if scores is not None:
-            return hard_depth(scores, least.index_select(0, nodes.stream), is_span=self.config.span)
+            return hard_depth(scores, least, is_span=self.config.span)
         if self.config.rule == "chunked":
             return self.config.right - nodes.position % (self.config.right + 1)
-        return torch.full_like(nodes.position, self.config.right)
+        return torch.full_like(nodes.stream, self.config.right)
 
     def readiness(
         self,
         states: dict[str, Tensor],
         layer: int,
-        recent: Tensor,
-        node: Tensor,
-        streams: Streams,
-        done: Tensor,
+        queue: Tensor,
+        head: Tensor,
+        position: Tensor,
+        limit: Tensor,
         last: Tensor,
+        inputs: Tensor,
+        coming: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Which nodes can be resolved, and what they attend to.
+        """When the nodes of the queue can be resolved, and what they attend to.
 
-        Returns how many can be, 0 .. Q + 1 [B, 1]; the number of frames that each attends to from itself on
-        [B, Q + 1]; their availability [B, Q + 1]. Column o is node done + o. Nodes leave in order; column Q
-        only tells whether one more node than fits is ready.
+        Tables as in `Waiting`, of this layer [1, B, n]; inputs [1, B, 1], of this layer so far; coming
+        [1, B, 1], the least availability of an input that is yet to come.
+
+        Returns availability [1, B, Q], which is `ABSENT` where a node or one before it has to wait; the end
+        [1, B, Q + 1] of the frames that each attends to, exclusive and counted from node done; the
+        availability [1, B, 1] of one node more than fits into the call, `ABSENT` where it has to wait too.
         """
-        right, columns, device = self.config.right, self.lanes + 1, done.device
-        order, reach = torch.arange(columns, device=device), torch.arange(right + 1, device=device)
-        inputs = streams.arrived - done
-        rows = recent[:, self.config.kernel - 1 :]
-        there = torch.arange(rows.shape[1], device=device) < inputs
-        available = torch.where(there, lookup(states[f"available_{layer}"], rows), ABSENT)
-        depth = lookup(states[f"depth_{layer}"], rows[:, :columns])
+        lanes, order = self.lanes, torch.arange(self.lanes + 1, device=queue.device)
+        available = torch.where(position < inputs, states[f"available_{layer}"][queue], ABSENT)
+        target = states[f"depth_{layer}"][head] + order
         # When the cap is lowered a node may already be later than it: what it has waited for, it uses.
-        own = torch.where(there, available, -1)[:, :columns]
-        deadline = torch.maximum(node + streams.cap, own)
-        steps = (order.unsqueeze(1) + reach).flatten()
-        future = available.index_select(1, steps).view(-1, columns, right + 1)
-        usable = (future <= deadline.unsqueeze(2)) & (reach <= depth.unsqueeze(2))
-        attended = usable.to(torch.int64).sum(2)  # 0 for a node that is not there
-        short = attended <= depth
-        may_come = (streams.open & (streams.seen < deadline)) | streams.more | (attended == 0)
-        blocked = (short & may_come & (order + attended >= inputs)).to(torch.int64)
-        count = torch.cat([blocked, torch.ones_like(inputs)], 1).argmax(1, keepdim=True)
-        # What only the end resolves comes one frame later than the last: whoever's deadline that frame was
-        # has given up, whether or not the end was known by then.
-        when = torch.where(usable, future, -1).amax(2)
-        when = torch.where(short, torch.maximum(when, torch.minimum(deadline, streams.seen + 1)), when)
-        running = torch.where(order <= order.unsqueeze(1), when.unsqueeze(1), -1).amax(2)
-        return count, attended, torch.maximum(running, last)
+        deadline = torch.maximum(limit, available[:, :, : lanes + 1])
+        # Availability never falls from one node to the next, so a node has all that it asks for, or knows
+        # that it cannot, by the newest of it alone. What exists is never later than what is yet to come.
+        own = torch.minimum(available.gather(2, target), torch.where(coming <= deadline, ABSENT, deadline))
+        running = F.max_pool1d(torch.cat([last, own], 2), lanes + 2, 1)
+        usable = available.unsqueeze(2) <= deadline.unsqueeze(3)
+        end = torch.minimum(usable.to(torch.int64).sum(3), target + 1)
+        return running[:, :, :lanes], end, running[:, :, lanes:]
+
+    def padded(self, count: Tensor) -> Tensor:
+        """Packed row [1, B, Q] of each lane, or of some other one where count [B * Q] is 0, not 1."""
+        return (count.cumsum(0) - 1).view(1, -1, self.lanes)
 
     def attend(
         self,
@@ -307,45 +411,32 @@ class LayerStep:
         layer: int,
         states: dict[str, Tensor],
         queries: Tensor,
-        stream: Tensor,
-        offset: Tensor,
+        padded: Tensor,
+        place: Tensor,
         lane: Tensor,
-        streams: Streams,
-        done: Tensor,
-        attended: Tensor | None,
+        keys: Tensor,
+        seen: Tensor,
     ) -> Tensor:
-        """Attention of packed queries [M, dim], node done + `offset` [M] of `stream` [M], -> [M, dim].
+        """Attention of packed queries [M, dim] -> [M, dim].
 
-        `lane` [L] counts up to the most nodes of a stream, which is known only at run time; `attended` [B,
-        Q+1],
-        frames that each lane attends to from itself on; None: itself only.
+        lane [L] counts up to the most nodes of a stream, which is known only at run time; padded [1, B, L],
+        the query of each lane; place [M], stream * L + lane; keys [1, B, heads, K], rows of the rings; seen
+        [1, B, 1, L, K].
         """
         heads, left, right, dim = self.config.heads, self.config.left, self.config.right, self.config.dim
-        batch, lanes, device = done.shape[0], lane.shape[0], done.device
-        padded = queries.new_zeros(batch * lanes, dim)
-        place = stream * lanes + offset
-        q = torch.ops.aten.index_put(padded, [place], queries).view(batch, lanes, heads, dim // heads)
-        q = q.transpose(1, 2)
-        # Keys from done - left to the last lane's last: what is common to all lanes, then one for each.
-        reach = torch.cat([torch.arange(-left, right, device=device), lane + right])
-        key_at = done + reach
-        rows = streams.long + key_at % self.long
-        k, v = (
-            F.embedding(rows, states[f"{name}_{layer}"])
-            .view(batch, left + right + lanes, heads, dim // heads)
-            .transpose(1, 2)
-            for name in ("key", "value")
-        )
-        rel = reach - lane.unsqueeze(1)  # [L, K]
-        table = F.pad(block.relative, (1, 1), value=-1e9)  # its ends stand for what no query may see
-        bias = table.index_select(1, (rel + left + 1).clamp(0, left + right + 2).flatten())
-        if attended is None:
-            seen = (key_at >= 0).unsqueeze(1) & (rel <= 0)
-        else:
-            seen = (key_at >= 0).unsqueeze(1) & (rel < attended.index_select(1, lane).unsqueeze(2))
-        score = torch.matmul(q, k.transpose(-1, -2)) + bias.view(heads, lanes, left + right + lanes)
-        probs = torch.where(seen.unsqueeze(1), score, -1e9).softmax(-1)
-        mixed = torch.matmul(probs, v).transpose(1, 2).reshape(batch * lanes, dim)
+        device = lane.device
+        q = queries.view(-1, heads, dim // heads)[padded].transpose(2, 3)
+        k = F.embedding(keys, states[f"key_{layer}"])
+        v = F.embedding(keys, states[f"value_{layer}"])
+        # Depends on weights alone; the table's ends stand for what no query may see.
+        reach = torch.arange(self.lanes + left + right, device=device)
+        offset = reach - torch.arange(self.lanes, device=device).unsqueeze(1)
+        table = F.pad(block.relative, (1, 1), value=-1e9)
+        bias = table.index_select(1, (offset + 1).clamp(0, left + right + 2).flatten())
+        bias = bias.view(heads, self.lanes, self.lanes + left + right).index_select(1, lane)
+        score = torch.matmul(q, k.transpose(-1, -2)) + bias
+        probs = torch.where(seen, score, -1e9).softmax(-1)
+        mixed = torch.matmul(probs, v).transpose(2, 3).reshape(-1, dim)
         return mixed.index_select(0, place)
 
     def convolve(
@@ -354,28 +445,14 @@ class LayerStep:
         layer: int,
         states: dict[str, Tensor],
         x: Tensor,
-        flat: Tensor,
         index: Tensor,
-        recent: Tensor,
+        taps: Tensor,
     ) -> Tensor:
         """Causal convolution over the ring, then the block's end; x [M, dim] -> [M, dim].
 
-        A fresh slot's ring is zero, which is what stands before the first frame.
+        index [M] and taps [M, kernel] are rows of the short rings. A fresh slot's ring is zero, which is
+        what stands before the first frame.
         """
-        kernel, device = self.config.kernel, x.device
         self.write(states, "conv", layer, index, block.conv.enter(x))
-        lane = torch.arange(self.lanes, device=device).unsqueeze(1)
-        columns = (lane + torch.arange(kernel, device=device)).flatten()
-        taps = recent.index_select(1, columns).view(-1, kernel)  # [B * Q, kernel]
-        past = F.embedding(taps.index_select(0, flat), states[f"conv_{layer}"])
+        past = F.embedding(taps, states[f"conv_{layer}"])
         return block.finish(x, block.conv.leave(past))
-
-
-def pick(table: Tensor, flat: Tensor) -> Tensor:
-    """Entries of table [B, Q] at lane numbers `flat` [M]."""
-    return table.flatten().index_select(0, flat)
-
-
-def lookup(ring: Tensor, rows: Tensor) -> Tensor:
-    """Entries of a one-dimensional ring at rows [B, n]."""
-    return ring.index_select(0, rows.flatten()).view(rows.shape)

@@ -81,6 +81,7 @@ def export_program(
         raise ValueError("rename gives two weights one name")
     stored = {rename(name): value.detach() for name, value in module.state_dict().items()}
     model = _trace(module, examples[0], state, outputs, dynamic or {}, opset)
+    _tidy(model.graph)
     kept = _strip(model, rename, set(module.state_dict()))
     check_in_place(model, {name: name + NEXT for name in state})
     data = model.SerializeToString(deterministic=True)
@@ -181,6 +182,68 @@ def _by_parameter(
         if len(nested) < len(shapes):
             nested.append(shapes[len(nested)])
     return tuple(nested)
+
+
+def _tidy(graph: onnx.GraphProto) -> None:
+    """Shorten what the exporter writes for indexing: where little is computed, every operator costs.
+
+    Vectors are not flattened, rows are gathered by their numbers as they are, and the positions of what is
+    true are not transposed before they are flattened. Graphs with subgraphs are left alone.
+    """
+    if any(
+        attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute
+    ):
+        return
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in (*graph.value_info, *graph.input)
+        if value.type.tensor_type.HasField("shape")
+    } | {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    constants = {
+        tensor.name: onnx.numpy_helper.to_array(tensor).tolist()
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT64 and list(tensor.dims) == [1]
+    }
+    made = {name: node for node in graph.node for name in node.output}
+    results = {value.name for value in graph.output}
+    flat, column = "tidy.flat", "tidy.column"
+    same: dict[str, str] = {}
+
+    def by(name: str, op: str) -> onnx.NodeProto | None:
+        node = made.get(same.get(name, name))
+        return node if node is not None and node.op_type == op else None
+
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = same.get(name, name)
+        wanted = constants.get(node.input[1]) if len(node.input) > 1 else None
+        if node.op_type == "Reshape" and wanted == [-1] and ranks.get(node.input[0]) == 1:
+            if node.output[0] not in results:
+                same[node.output[0]] = node.input[0]
+        elif node.op_type == "GatherND" and not any(attribute.i for attribute in node.attribute):
+            index_node = by(node.input[1], "Unsqueeze")
+            if index_node is not None and constants.get(index_node.input[1]) == [-1]:
+                del node.attribute[:]
+                node.op_type, node.input[1] = "Gather", index_node.input[0]
+        elif node.op_type == "Unsqueeze" and wanted in ([-1], [1]):
+            source = by(node.input[0], "Reshape")
+            if source is not None and constants.get(source.input[1]) == [-1]:
+                node.op_type, node.input[0], node.input[1] = "Reshape", source.input[0], column
+        elif node.op_type == "Squeeze" and wanted == [1]:
+            turned = by(node.input[0], "Transpose")
+            found = by(turned.input[0], "NonZero") if turned is not None else None
+            if found is not None and ranks.get(found.input[0]) == 1:
+                node.op_type, node.input[0], node.input[1] = "Reshape", found.output[0], flat
+    for name, value in ((flat, [-1]), (column, [-1, 1])):
+        if any(name in node.input for node in graph.node):
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.int64), name))
+    while True:
+        read = {name for node in graph.node for name in node.input} | results
+        dead = [node for node in graph.node if not read & set(node.output)]
+        if not dead:
+            return
+        for node in dead:
+            graph.node.remove(node)
 
 
 def _strip(model: onnx.ModelProto, rename: Callable[[str], str], names: set[str]) -> list[str]:

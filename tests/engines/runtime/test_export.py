@@ -50,6 +50,34 @@ def test_specs_are_in_the_callers_order_and_words(exported: Exported) -> None:
     assert [s.name for s in info.outputs] == ["y", "picked"]
 
 
+class Indexing(nn.Module):
+    """Whatever the exporter spells out at length."""
+
+    def forward(self, x: Tensor, rows: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+        """x [n, 2], rows [n] int64, state [r, 2] -> rows of x whose first number is positive, as doubled."""
+        chosen = (x[:, 0] > 0).nonzero().squeeze(1)
+        written = torch.ops.aten.index_put(state, [rows], x)
+        return written[rows.unsqueeze(0)], x.index_select(0, chosen), chosen * 2, written
+
+
+def test_indexing_is_written_in_few_operators(tmp_path: Path) -> None:
+    path = tmp_path / "indexing.onnx"
+    examples = [
+        {"x": torch.randn(n, 2, generator=torch.Generator().manual_seed(n)), "rows": torch.arange(n).flip(0)}
+        for n in (5, 0, 1, 6)
+    ]
+    dynamic = {"x": {0: "n"}, "rows": {0: "n"}, "state": {0: "r"}}
+    # Its results are compared with the module's.
+    export_program(
+        Indexing(), examples, {"state": torch.zeros(7, 2)}, ["read", "kept", "twice"], path, dynamic=dynamic
+    )
+    operators = [node.op_type for node in onnx.load(path).graph.node]
+    assert "Transpose" not in operators
+    assert "GatherND" not in operators
+    assert operators.count("Reshape") == 1  # of what NonZero found
+    assert operators.count("NonZero") == 1
+
+
 def test_exports_are_reproducible(exported: Exported, tmp_path: Path) -> None:
     again = tmp_path / "again.onnx"
     examples = [tensors(feeds(count, seed)) for seed, count in enumerate((3, 0, 1, 9))]
