@@ -6,6 +6,9 @@
     train.py $DATA --out DIR --init CKPT --rule adaptive --algorithmic 0.02      # ANCAT
     train.py $DATA --out DIR --init CKPT --rule chunked --right 7                # a baseline
 
+With ``torchrun --nproc-per-node N train.py ...`` each of N processes draws its own batches and gradients are
+averaged; process 0 writes and evaluates.
+
 The common start meets every rule (a rule is drawn for each step), so ANCAT and the baselines begin alike
 and are then trained alike, with the same data, seed and number of steps; only the rule that opens arcs
 differs.
@@ -15,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from batches import Corpus, corpus, epochs, make_batch
 from lexicon import Lexicon
 from pool import load_pool
@@ -124,6 +129,14 @@ def start_from(model: Transducer, path: Path, *, schedulers: bool = True) -> Non
     model.load_state_dict({**own, **kept})
 
 
+def mean_gradients(parameters: list[torch.nn.Parameter], processes: int) -> None:
+    """Average gradients over all processes, in place; one without a gradient counts as zero."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, piece in zip(parameters, flat.div_(processes).split([p.numel() for p in parameters]), strict=True):
+        p.grad = piece.view_as(p)
+
+
 def main() -> None:
     """Command line."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,8 +189,11 @@ def main() -> None:
     args = parse.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
+    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if processes > 1:
+        dist.init_process_group("gloo")
+    rng = np.random.default_rng(args.seed + 1000 * rank)
+    generator = torch.Generator().manual_seed(args.seed + 1000 * rank)
     args.out.mkdir(parents=True, exist_ok=True)
 
     tokenizer = Tokenizer(args.tokenizer)
@@ -224,6 +240,8 @@ def main() -> None:
     log = (args.out / "log.jsonl").open("a")
 
     def report(values: dict[str, object]) -> None:
+        if rank:
+            return
         log.write(json.dumps(values) + "\n")
         log.flush()
 
@@ -264,14 +282,13 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr(step)
         parts = losses(model, batch, sampler, schedule, bf16=True)
-        if not bool(torch.isfinite(parts["total"])):
-            report({"step": step, "skipped": "loss is not finite"})
-            continue
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(parts["total"])
+        if processes > 1:
+            mean_gradients([*decay, *plain], processes)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
         if not bool(torch.isfinite(norm)):
-            report({"step": step, "skipped": f"gradient is not finite ({rule})"})
+            report({"step": step, "skipped": f"loss or gradient is not finite ({rule})"})
             continue
         optimizer.step()
         average(shadow, model, min(0.998, (1 + step - first) / (10 + step - first)))
@@ -282,10 +299,14 @@ def main() -> None:
             means = {name: round(total / seen, 4) for name, total in sums.items()}
             report({"step": step + 1, "seconds": round(time.monotonic() - began, 1), **means})
             sums, seen = {}, 0
+        if rank:
+            continue
         if (step + 1) % 250 == 0:
             save(step + 1)
         if (step + 1) % args.evaluate_every == 0:
             look(step + 1)
+    if rank:
+        return
     save(args.steps)
     (args.out / "run.json").write_text(
         json.dumps({"config": config.to_dict(), "arguments": {k: str(v) for k, v in vars(args).items()}})
