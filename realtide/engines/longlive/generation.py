@@ -1,0 +1,320 @@
+"""Generates a video block by block: denoising, the clean pass, prompt switches, parking (LongLive).
+
+`VideoStream` owns what a session has to remember besides its cache: how far it is, the clean latents of the
+window and of the sink, and the prompts in force. From these the cache can be rebuilt, so a stream can be
+parked in megabytes. It knows programs by their interface only. Numpy only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from realtide.engines.engine import CheckpointMismatch
+from realtide.engines.longlive import noise as philox
+from realtide.engines.longlive import rotary, schedule, window
+from realtide.engines.longlive.config import VideoConfig, cache_shapes, cross_shapes
+from realtide.engines.longlive.programs import VideoPrograms
+from realtide.engines.runtime.program import Array, Program
+
+Float32 = NDArray[np.float32]
+Noise = Callable[[int, int, int], Float32]
+"""(first frame, frames, step) to noise [frames, C, height, width]; see `noise.normal` for steps."""
+
+FORMAT = 1
+
+
+@dataclass(slots=True)
+class Prompted:
+    """A prompt's text embeddings [text tokens, text_dim] and its keys and values by name."""
+
+    text: Float32
+    cross: dict[str, Array]
+
+
+class VideoStream:
+    """One video. Used by one thread.
+
+    Args:
+        config: the model and the way it generates.
+        programs: bound to `cache`.
+        cache: see `config.cache_shapes`; its contents do not matter.
+        seed: of the noise, 0 to 2**64 - 1.
+        noise: another source of noise, for comparisons.
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
+
+    def __init__(
+        self,
+        config: VideoConfig,
+        programs: VideoPrograms,
+        cache: Mapping[str, Array],
+        seed: int = 0,
+        noise: Noise | None = None,
+    ) -> None:
+        philox.check_seed(seed)
+        self._config = config
+        self._programs = programs
+        self._cache = cache
+        self._seed = seed
+        self._noise = noise or partial(_seeded, seed, config.latent_shape)
+        self._timesteps = schedule.warped(config.stream.steps, config.stream.shift)
+        self._space = rotary.space_table(config)
+        self._frames = 0
+        self._recent = np.zeros((0, *config.latent_shape), np.float32)  # the last `window` frames
+        self._sink = self._recent[:0]
+        self._sink_first = 0  # index of the sink's first frame in the video
+        self._prompt: Prompted | None = None
+        self._sink_prompt: Prompted | None = None
+        self._parked = False
+
+    @property
+    def frames(self) -> int:
+        """Latent frames generated."""
+        return self._frames
+
+    @property
+    def parked(self) -> bool:
+        """True if the cache is not this stream's any more; `rebuild` makes it anew."""
+        return self._parked
+
+    def set_prompt(self, text: Float32) -> int:
+        """Follow another prompt from the next block on; the cache is made to follow it too (*recache*).
+
+        Args:
+            text: embeddings [n, text_dim] of at most text_tokens tokens, without padding or zero padded.
+
+        Returns:
+            Number of latent frames that were replayed.
+
+        Raises:
+            ValueError: `text` has the wrong shape.
+        """
+        self._prompt = self._prompted(text)
+        if self._parked or not self._frames:
+            return 0
+        return self._recache()
+
+    def block(self, on_flow: Callable[[Float32], None] | None = None) -> Float32:
+        """Generate the next block and take it into the cache.
+
+        Args:
+            on_flow: is given each pass's prediction.
+
+        Returns:
+            Clean latents [block, C, height, width].
+
+        Raises:
+            ValueError: there is no prompt, or the stream is parked.
+        """
+        if self._prompt is None:
+            raise ValueError("set a prompt before the first block")
+        if self._parked:
+            raise ValueError("the stream is parked: rebuild its cache first")
+        first, count = self._frames, self._config.stream.block
+        places = window.places(self._config.stream, first, count)
+        latents = self._noise(first, count, 0)
+        for step, timestep in enumerate(self._timesteps, 1):
+            feeds = self._feeds(latents, timestep, first, places, first + count, self._prompt)
+            flow = self._programs.denoise.run(feeds)["flow"]
+            if on_flow is not None:
+                on_flow(flow)
+            latents = schedule.clean(latents, flow, timestep)
+            if step < len(self._timesteps):
+                latents = schedule.noised(latents, self._noise(first, count, step), self._timesteps[step])
+        self._remember(self._programs.clean, latents, first, places, first + count, self._prompt)
+        self._keep(latents)
+        return latents
+
+    def park(self) -> None:
+        """Give up the cache: whoever owns it may use it for another stream."""
+        self._parked = True
+
+    def rebuild(self) -> int:
+        """Make the cache anew from the latents; afterwards the stream goes on.
+
+        While the window has not moved, this is the recache of all frames under the prompt in force. Later
+        the sink is computed alone, under the prompt that it was last computed with, and the other frames
+        are recached over it.
+
+        Returns:
+            Number of latent frames that were replayed.
+        """
+        self._parked = False
+        stream = self._config.stream
+        if not self._frames:
+            return 0
+        if self._frames <= stream.window:
+            return self._recache()
+        if stream.sink:
+            assert self._sink_prompt is not None
+            own = np.arange(stream.sink)
+            recache = self._programs.recache
+            self._remember(recache, self._sink, self._sink_first, own, stream.sink, self._sink_prompt)
+        ring = stream.window - stream.sink
+        first = self._frames - ring
+        assert self._prompt is not None
+        places = window.places(stream, first, ring)
+        self._remember(
+            self._programs.recache, self._recent[-ring:], first, places, self._frames, self._prompt
+        )
+        return stream.window
+
+    def export(self, *, cache: bool = True) -> bytes:
+        """Serialize the stream; it goes on unchanged.
+
+        Args:
+            cache: with the cache a resumed stream continues bit for bit; without, `resume` leaves it
+                parked, to be rebuilt. A parked stream has none.
+        """
+        tensors = {"recent": self._recent, "sink": self._sink}
+        for name, prompted in (("prompt", self._prompt), ("sink_prompt", self._sink_prompt)):
+            if prompted is not None:
+                tensors[name] = _unpadded(prompted.text)
+        kept = cache and not self._parked
+        if kept:
+            tensors |= {f"cache.{name}": array for name, array in self._cache.items()}
+        plain = {
+            "format": FORMAT,
+            "seed": self._seed,
+            "frames": self._frames,
+            "sink_first": self._sink_first,
+            "cache": kept,
+        }
+        return save_tensors(tensors, {"video": json.dumps(plain)})
+
+    @classmethod
+    def resume(
+        cls,
+        config: VideoConfig,
+        programs: VideoPrograms,
+        cache: Mapping[str, Array],
+        checkpoint: bytes,
+        noise: Noise | None = None,
+    ) -> VideoStream:
+        """Continue an exported stream; parked if the checkpoint has no cache.
+
+        Raises:
+            CheckpointMismatch: the checkpoint is damaged, or of a model of another shape; nothing is written.
+        """
+        plain, tensors = _unpack(checkpoint)
+        try:
+            if plain["format"] != FORMAT:
+                raise CheckpointMismatch(
+                    f"checkpoint has video format {plain['format']}, this program reads {FORMAT}"
+                )
+            stream = cls(config, programs, cache, int(plain["seed"]), noise)
+            stream._frames, stream._sink_first = int(plain["frames"]), int(plain["sink_first"])
+            held = min(stream._frames, config.stream.window), min(stream._frames, config.stream.sink)
+            stream._recent = _shaped(tensors, "recent", (held[0], *config.latent_shape))
+            stream._sink = _shaped(tensors, "sink", (held[1], *config.latent_shape))
+            kept = {
+                name: _shaped(tensors, f"cache.{name}", (rows, *shape))
+                for name, (rows, shape) in cache_shapes(config).items()
+                if plain["cache"]
+            }
+            stream._prompt, stream._sink_prompt = (
+                stream._prompted(tensors[name]) if name in tensors else None
+                for name in ("prompt", "sink_prompt")
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointMismatch(f"checkpoint is damaged: {error!r}") from None
+        for name, array in kept.items():
+            cache[name][...] = array
+        stream._parked = not kept
+        return stream
+
+    def _prompted(self, text: Float32) -> Prompted:
+        model = self._config.transformer
+        if text.ndim != 2 or text.shape[0] > model.text_tokens or text.shape[1] != model.text_dim:
+            raise ValueError(
+                f"text must be at most {model.text_tokens} embeddings of {model.text_dim}, "
+                f"not {list(text.shape)}"
+            )
+        padded = np.zeros((model.text_tokens, model.text_dim), np.float32)
+        padded[: len(text)] = text
+        return Prompted(padded, self._programs.prompt.run({"text": padded}))
+
+    def _recache(self) -> int:
+        """Replay what `window.recache` says under the prompt in force."""
+        assert self._prompt is not None
+        stream = self._config.stream
+        replay = window.recache(stream, self._frames)
+        latents = self._recent[len(self._recent) - (self._frames - replay.first) :]
+        program = self._programs.recache
+        self._remember(program, latents, replay.first, replay.places, self._frames, self._prompt)
+        if stream.sink and replay.places[0] == 0:  # the sink was computed anew
+            self._sink, self._sink_first = latents[: stream.sink].copy(), replay.first
+            self._sink_prompt = self._prompt
+        return replay.frames
+
+    def _remember(
+        self, program: Program, latents: Float32, first: int, places: window.Ints, end: int, under: Prompted
+    ) -> None:
+        noise = self._config.stream.context_noise
+        program.run(self._feeds(latents, noise, first, places, end, under))
+
+    def _keep(self, latents: Float32) -> None:
+        stream = self._config.stream
+        missing = stream.sink - self._frames
+        if missing > 0:
+            self._sink = np.concatenate([self._sink, latents[:missing]])
+            self._sink_prompt = self._prompt
+        self._recent = np.concatenate([self._recent, latents])[-stream.window :]
+        self._frames += len(latents)
+
+    def _feeds(
+        self, latents: Float32, timestep: float, first: int, places: window.Ints, end: int, under: Prompted
+    ) -> dict[str, Array]:
+        """A pass over frames first .. first+n-1, which lie in `places`, once `end` frames are known."""
+        config = self._config
+        feeds: dict[str, Array] = {
+            "latents": latents,
+            "sinusoids": schedule.sinusoid(np.full(len(latents), timestep), config.transformer.freq_dim),
+            "space": self._space,
+            "places": places,
+            "seen": window.seen(config.stream, end),
+        }
+        if config.stream.rotary == "relative":
+            ranks = window.ranks(config.stream, end)
+            feeds["window_time"] = rotary.time_table(config, ranks)
+            feeds["time"] = feeds["window_time"][places]
+        else:
+            feeds["time"] = rotary.time_table(config, np.arange(first, first + len(latents)))
+        return feeds | {name: under.cross[name] for name in cross_shapes(config)}
+
+
+def _seeded(seed: int, shape: tuple[int, ...], first: int, count: int, step: int) -> Float32:
+    return philox.frames(seed, first, count, step, shape)
+
+
+def _unpadded(text: Float32) -> Float32:
+    used = np.flatnonzero(text.any(1))
+    return text[: int(used[-1]) + 1 if used.size else 0].copy()
+
+
+def _unpack(checkpoint: bytes) -> tuple[dict[str, Any], dict[str, Float32]]:
+    try:
+        size = int.from_bytes(checkpoint[:8], "little")
+        plain = json.loads(json.loads(checkpoint[8 : 8 + size])["__metadata__"]["video"])
+        return dict(plain), load_tensors(checkpoint)
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointMismatch(f"checkpoint is damaged: {error!r}") from None
+
+
+def _shaped(tensors: Mapping[str, Float32], name: str, shape: tuple[int, ...]) -> Float32:
+    array = tensors[name]
+    if array.shape != shape:
+        raise ValueError(f"{name} is {list(array.shape)} where this model has {list(shape)}")
+    return array
