@@ -59,8 +59,7 @@ def load_model(path: Path, cmvn: Path | None, tokenizer: Path | None) -> Model:
             raise CommandError(f"{path} is a checkpoint: give --cmvn and --tokenizer")
         saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         config = EncoderConfig.from_dict(saved["config"])
-        network = Transducer(config)
-        network.load_state_dict(saved["weights"])
+        network = build(config, {name: value.numpy() for name, value in saved["weights"].items()})
         both = np.load(cmvn)
         return Model(network.eval(), Tokenizer(tokenizer), both[0], both[1])
     except (OSError, KeyError, RuntimeError, ValueError) as error:

@@ -92,7 +92,8 @@ def main() -> None:
     parse.add_argument("--tokenizer", type=Path, required=True)
     parse.add_argument("--out", type=Path, required=True)
     parse.add_argument("--name", default="ancat-commands-en")
-    parse.add_argument("--created", default="2026-11-23", help="YYYY-MM-DD")
+    parse.add_argument("--version", default="1.1.0", help="semantic version of the bundle")
+    parse.add_argument("--created", default="2026-11-24", help="YYYY-MM-DD")
     parse.add_argument("--scores", type=Path, help="what evaluate.py wrote")
     parse.add_argument("--calibration", type=Path, nargs="*", default=[], help="development pools for int8")
     parse.add_argument("--start-offset-ms", type=float, default=0.0)
@@ -127,7 +128,7 @@ def main() -> None:
         args.tokenizer,
         {
             "name": args.name,
-            "version": "1.0.0",
+            "version": args.version,
             "description": "English commands: digits, coffee orders, wake phrases, telephone prompts.",
             "licence": "CC-BY-SA-4.0",
             "limits": {"language_codes": ["en-US"], "max_utterance_ms": 60000},
