@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import realtide
-from realtide.cli import demo, models, serve, transcribe
+from realtide.cli import demo, models, replay, serve, transcribe
 from realtide.cli.errors import CommandError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("serve")(serve.command)
 app.command("transcribe")(transcribe.command)
 app.command("demo")(demo.command)
+app.command("replay")(replay.command)
 app.add_typer(models.app, name="models")
 
 # Benchmarks are part of a source tree; an installation without them has no such command.

@@ -1,0 +1,97 @@
+"""`realtide replay`: a golden case of a public reference implementation, replayed and compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from realtide.cli.errors import CommandError
+
+if TYPE_CHECKING:
+    from realtide.engines.longlive.replay import Report
+
+
+class Backend(StrEnum):
+    """What runs the model."""
+
+    TORCH = "torch"
+    ONNXRUNTIME = "onnxruntime"
+
+
+def command(
+    case: Annotated[
+        Path, typer.Argument(metavar="CASE.safetensors", help="The case; its weights lie beside it.")
+    ],
+    backend: Annotated[
+        Backend,
+        typer.Option(help="torch: the modules, eager. onnxruntime: their graphs, exported on the spot."),
+    ] = Backend.TORCH,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Replay a golden case and compare every tensor with the reference implementation's.
+
+    A case holds inputs and outputs of a public reference implementation, which was run once in float32. Its
+    metadata says which model it was; the weights are looked for beside it, in files named *weights*.
+
+    For every tensor two numbers are shown: rel_l2, the L2 norm of the difference over that of the
+    reference, and max_abs, the largest absolute difference. A case is ok if every rel_l2 is at most 1e-5
+    (torch) or 1e-4 (onnxruntime); wrong window, sink or recache semantics give 0.05 and more. Exits with 1
+    if it is not.
+
+    Needs PyTorch (extra `train`); onnxruntime also needs the extras `cpu` and `export`, and takes a minute to
+    export.
+
+    Example: realtide replay static_window12_sink3.safetensors
+
+    Example: realtide replay wan_vae_seed31.safetensors --json --backend onnxruntime
+    """
+    try:
+        from realtide.engines.longlive import replay
+        from realtide.engines.runtime.program import ProgramError
+    except ImportError as error:
+        raise CommandError(f"replaying needs a package that is not installed: {error}") from None
+    _quiet()
+    try:
+        report = replay.replay(case, backend.value)
+    except (ValueError, ProgramError) as error:
+        raise CommandError(str(error)) from None
+    except ImportError as error:
+        raise CommandError(
+            f"backend {backend.value} needs a package that is not installed: {error}"
+        ) from None
+    if as_json:
+        tensors = {name: asdict(found) for name, found in report.tensors.items()}
+        line = {"case": report.case, "backend": report.backend, "tensors": tensors, "ok": report.ok}
+        typer.echo(json.dumps(line))
+    else:
+        _table(report, replay.TOLERANCE[report.backend])
+    if not report.ok:
+        raise CommandError(f"{report.case}: not what the reference computes")
+
+
+def _quiet() -> None:
+    """The exporter warns about its own internals, on standard error."""
+    import logging
+
+    logging.disable(logging.WARNING)
+
+
+def _table(report: Report, tolerance: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("TENSOR", "REL L2", "MAX ABS"):
+        table.add_column(title, justify="left" if title == "TENSOR" else "right")
+    for name, found in report.tensors.items():
+        table.add_row(name, f"{found.rel_l2:.2e}", f"{found.max_abs:.2e}")
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{report.case} on {report.backend}: {'ok' if report.ok else 'NOT ok'} (at most {tolerance:g})"
+    )

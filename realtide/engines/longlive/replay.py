@@ -1,0 +1,317 @@
+"""Replays golden cases and compares every tensor with the reference's (ours).
+
+A case is a safetensors file whose metadata describes it in JSON under ``case``; its weights lie beside it, in
+a file with ``weights`` in its name and exactly the tensors of the case's model. Serving never imports this.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from realtide.engines.longlive import window
+from realtide.engines.longlive.config import (
+    StreamConfig,
+    TextConfig,
+    TransformerConfig,
+    VaeConfig,
+    VideoConfig,
+    cache_shapes,
+    decoder_shapes,
+    encoder_shapes,
+)
+from realtide.engines.longlive.generation import VideoStream
+from realtide.engines.longlive.programs import FrameDecoder, FrameEncoder
+from realtide.engines.longlive.schedule import warped
+from realtide.engines.runtime.program import Array
+
+Backend = Literal["torch", "onnxruntime"]
+TOLERANCE: Mapping[Backend, float] = {"torch": 1e-5, "onnxruntime": 1e-4}
+"""Largest relative L2 difference of a tensor that passes."""
+
+
+class CaseError(ValueError):
+    """A file is no case that can be replayed; the message is one sentence."""
+
+
+class _Named(dict[str, Any]):
+    """Parts of a case by name; one that is not there is the case's fault."""
+
+    def __missing__(self, name: str) -> Any:
+        raise CaseError(f"the case has no {name!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far a tensor is from the reference's.
+
+    Attributes:
+        rel_l2: L2 norm of the difference over that of the reference.
+        max_abs: largest absolute difference.
+    """
+
+    rel_l2: float
+    max_abs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a replay found: tensors by name, and whether all are within the backend's tolerance."""
+
+    case: str
+    backend: Backend
+    tensors: dict[str, Difference]
+
+    @property
+    def ok(self) -> bool:
+        """True if every tensor passes; NaN does not."""
+        return all(found.rel_l2 <= TOLERANCE[self.backend] for found in self.tensors.values())
+
+
+def difference(have: Array, want: Array) -> Difference:
+    """Compare two arrays, in float64. Raises CaseError if their shapes differ."""
+    if have.shape != want.shape:
+        raise CaseError(f"the replay gives {list(have.shape)} where the case has {list(want.shape)}")
+    gap = have.astype(np.float64) - want.astype(np.float64)
+    norm = float(np.linalg.norm(want.astype(np.float64)))
+    rel_l2 = float(np.linalg.norm(gap)) / norm if norm else float(np.linalg.norm(gap))
+    return Difference(rel_l2, float(np.abs(gap).max(initial=0.0)))
+
+
+def replay(path: Path, backend: Backend = "torch") -> Report:
+    """Replay one case.
+
+    Args:
+        path: the case.
+        backend: *torch*: the modules, eager; *onnxruntime*: their exported graphs (needs the extra
+            ``export``, and takes a minute to make them).
+
+    Raises:
+        CaseError: the file is no LongLive case, or its weights are not beside it.
+        ProgramError: a graph could not be made or run.
+        ValueError: the case's numbers make no model.
+    """
+    case, tensors = _read(path)
+    plays: Iterable[tuple[str, _Play]] = (("rope", _video), ("z_dim", _vae), ("vocab", _text))
+    for key, play in plays:
+        if key in case:
+            with tempfile.TemporaryDirectory(prefix="realtide-") as graphs:
+                found = play(path, case, tensors, backend, Path(graphs))
+            compared = {n: difference(found[n], tensors[n]) for n in sorted(found) if n in tensors}
+            if not compared:
+                raise CaseError(f"{path}: the case has no result to compare with")
+            return Report(path.name.removesuffix(".safetensors"), backend, compared)
+    raise CaseError(f"{path}: not a LongLive case: it has neither rope nor z_dim nor vocab")
+
+
+_Play = Callable[[Path, dict[str, Any], dict[str, Array], Backend, Path], dict[str, Array]]
+
+
+def _video(
+    path: Path, case: dict[str, Any], tensors: dict[str, Array], backend: Backend, directory: Path
+) -> dict[str, Array]:
+    config = _video_config(case)
+    from realtide.engines.longlive import torch_programs
+    from realtide.engines.longlive.transformer import WanTransformer
+
+    weights = _weights(path, WanTransformer(config.transformer).state_dict())
+    cache = _zeros({name: (rows, *shape) for name, (rows, shape) in cache_shapes(config).items()})
+    model = torch_programs.transformer(config.transformer, weights)
+    programs = torch_programs.video_programs(model, config, cache)
+    if backend == "onnxruntime":
+        from realtide.engines.longlive import export, onnx_programs
+
+        graphs = export.export_video(model, config, directory)
+        programs = onnx_programs.video_programs(graphs, weights, cache)
+    block = config.stream.block
+
+    def noise(first: int, count: int, step: int) -> NDArray[np.float32]:
+        if not step:
+            return tensors["noise"][0, first : first + count]
+        fresh: NDArray[np.float32] = tensors["renoise"][first // block, step - 1, 0]
+        return fresh
+
+    stream = VideoStream(config, programs, cache, noise=noise)
+    switches = [0, *case["switch_frames"]]
+    flows: list[NDArray[np.float32]] = []
+    blocks = []
+    while stream.frames < case["num_frames"]:
+        if stream.frames in switches:
+            stream.set_prompt(tensors["prompt_embeds"][switches.index(stream.frames)])
+        blocks.append(stream.block(flows.append))
+    ordered = window.order(config.stream, stream.frames)
+    found: dict[str, Array] = {
+        "denoising_timesteps": warped(config.stream.steps, config.stream.shift).astype(np.float32),
+        "first_flow": flows[0][None],
+        "latents": np.concatenate(blocks)[None],
+    }
+    for layer in range(config.transformer.layers):
+        for kind in ("key", "value"):
+            found[f"kv.{layer}.{kind[0]}"] = _in_order(cache[f"{kind}_{layer}"], config, ordered)
+    return found
+
+
+def _in_order(cache: Array, config: VideoConfig, ordered: window.Ints) -> Array:
+    """A layer's keys or values as the reference keeps them: [1, tokens in the window's order, dim]."""
+    model = config.transformer
+    split = cache.reshape(model.heads, config.stream.window, config.frame_tokens, model.head_dim)
+    return split[:, ordered].transpose(1, 2, 0, 3).reshape(1, -1, model.dim)
+
+
+def _video_config(case: dict[str, Any]) -> VideoConfig:
+    model = case["model"]
+    height, width = case["latent_hw"]
+    if model["patch_size"][0] != 1 or len({*model["patch_size"][1:]}) != 1:
+        raise CaseError(f"patches of {model['patch_size']} are not supported")
+    if model["in_dim"] != model["out_dim"]:
+        raise CaseError("in_dim and out_dim must be equal")
+    return VideoConfig(
+        TransformerConfig(
+            layers=model["num_layers"],
+            dim=model["dim"],
+            heads=model["num_heads"],
+            ff_dim=model["ffn_dim"],
+            freq_dim=model["freq_dim"],
+            channels=model["in_dim"],
+            patch=model["patch_size"][1],
+            text_dim=model["text_dim"],
+            text_tokens=model["text_len"],
+            eps=model["eps"],
+        ),
+        StreamConfig(
+            height=height,
+            width=width,
+            block=case["num_frame_per_block"],
+            window=case["local_attn_size"],
+            sink=case["sink_size"],
+            rotary=case["rope"],
+            global_sink=case["global_sink"],
+            steps=tuple(case["denoising_step_list"]),
+            shift=case["timestep_shift"],
+            context_noise=case["context_noise"],
+        ),
+    )
+
+
+def _vae(
+    path: Path, case: dict[str, Any], tensors: dict[str, Array], backend: Backend, directory: Path
+) -> dict[str, Array]:
+    config = VaeConfig(
+        dim=case["dim"],
+        latent=case["z_dim"],
+        multipliers=tuple(case["dim_mult"]),
+        residual_blocks=case["num_res_blocks"],
+        temporal=tuple(case["temporal_downsample"]),
+        mean=tuple(map(float, tensors["latent_mean"])),
+        std=tuple(map(float, tensors["latent_std"])),
+    )
+    from realtide.engines.longlive import torch_programs
+    from realtide.engines.longlive.vae import WanVae
+
+    shapes = WanVae(config).state_dict()
+    half = ("decoder.", "conv2.") if "pixels" not in tensors else ""
+    weights = _weights(path, {name: value for name, value in shapes.items() if name.startswith(half)})
+    absent = _zeros({name: tuple(value.shape) for name, value in shapes.items() if name not in weights})
+    model = torch_programs.vae(config, weights | absent)
+    found: dict[str, Array] = {}
+    latents = np.ascontiguousarray(tensors["latents"][0].swapaxes(0, 1))  # B C T H W -> T C H W
+    height, width = latents.shape[2:]
+    caches = _zeros(decoder_shapes(config, height, width))
+    programs = torch_programs.decoder_programs(model, caches, height, width)
+    if backend == "onnxruntime":
+        from realtide.engines.longlive import export, onnx_programs
+
+        graphs = export.export_decoder(model, height, width, directory)
+        programs = onnx_programs.half_programs(graphs, weights, caches)
+    decoder = FrameDecoder(programs)
+    frames = np.concatenate([decoder.decode(latent) for latent in latents])
+    found["decoded_unclamped"] = frames.swapaxes(0, 1)[None]
+    if not half:
+        pixels = np.ascontiguousarray(tensors["pixels"][0].swapaxes(0, 1))
+        height, width = pixels.shape[2:]
+        caches = _zeros(encoder_shapes(config, height, width))
+        programs = torch_programs.encoder_programs(model, caches, height, width)
+        if backend == "onnxruntime":
+            graphs = export.export_encoder(model, height, width, directory)
+            programs = onnx_programs.half_programs(graphs, weights, caches)
+        encoder = FrameEncoder(programs)
+        chunks = np.split(pixels, range(1, len(pixels), config.temporal_scale))
+        encoded = np.stack([encoder.encode(chunk) for chunk in chunks])
+        found["encoded_mean"] = encoded.swapaxes(0, 1)[None]
+    return found
+
+
+def _text(
+    path: Path, case: dict[str, Any], tensors: dict[str, Array], backend: Backend, directory: Path
+) -> dict[str, Array]:
+    if case["shared_pos"]:
+        raise CaseError(f"{path}: one table of positions for all layers is not supported")
+    config = TextConfig(
+        vocab=case["vocab"],
+        dim=case["dim"],
+        attention_dim=case["dim_attn"],
+        ff_dim=case["dim_ffn"],
+        heads=case["num_heads"],
+        layers=case["num_layers"],
+        buckets=case["num_buckets"],
+    )
+    from realtide.engines.longlive import torch_programs
+    from realtide.engines.longlive.text import TextEncoder
+
+    weights = _weights(path, TextEncoder(config).state_dict())
+    model = torch_programs.text_encoder(config, weights)
+    program = torch_programs.text_program(model)
+    if backend == "onnxruntime":
+        from realtide.engines.longlive import export, onnx_programs
+
+        program = onnx_programs.text_program(export.export_text(model, directory / "text.onnx"), weights)
+    embeds = np.zeros((*tensors["ids"].shape, config.dim), np.float32)
+    for row, (ids, mask) in enumerate(zip(tensors["ids"], tensors["mask"], strict=True)):
+        count = int(mask.sum())
+        embeds[row, :count] = program.run({"ids": ids[:count]})["embeds"]
+    return {"embeds_padding_zeroed": embeds}
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            case = json.loads(metadata["case"], object_hook=_Named)
+            if not isinstance(case, dict):
+                raise CaseError(f"{path}: its case is no JSON object")
+            return case, _Named({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except KeyError:
+        raise CaseError(f"{path}: no case: its metadata has no 'case'") from None
+    except OSError as error:
+        raise CaseError(f"{path}: {error.strerror or error}") from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CaseError(f"{path}: {error}") from error
+
+
+def _weights(path: Path, names: Mapping[str, Any]) -> dict[str, Array]:
+    """The tensors of the file beside a case that has exactly these names and shapes."""
+    near = sorted(path.parent.glob("*weights*.safetensors"))
+    for other in near:
+        try:
+            with safe_open(other, framework="np") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                if shapes == {name: tuple(value.shape) for name, value in names.items()}:
+                    return {name: file.get_tensor(name) for name in shapes}
+        except (OSError, SafetensorError):
+            continue  # another case's; if none is left the error below says so
+    raise CaseError(
+        f"{path}: no *weights*.safetensors beside it has the {len(names)} tensors of its model"
+        f" ({len(near)} looked at)"
+    )
+
+
+def _zeros(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}

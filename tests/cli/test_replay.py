@@ -1,0 +1,67 @@
+"""`realtide replay`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from tests.cli.conftest import Run
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "longlive"
+
+
+def test_a_case_is_replayed_for_programs(run: Run) -> None:
+    done = run("replay", GOLDEN / "umt5_seed41.safetensors", "--json")
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    assert set(result) == {"case", "backend", "tensors", "ok"}
+    assert (result["case"], result["backend"], result["ok"]) == ("umt5_seed41", "torch", True)
+    found = result["tensors"]["embeds_padding_zeroed"]
+    assert 0 < found["rel_l2"] < 1e-5
+    assert 0 < found["max_abs"] < 1e-4
+
+
+def test_a_case_is_replayed_over_its_graphs(run: Run) -> None:
+    done = run("replay", GOLDEN / "umt5_seed41.safetensors", "--json", "--backend", "onnxruntime")
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    assert (result["backend"], result["ok"]) == ("onnxruntime", True)
+    assert 0 < result["tensors"]["embeds_padding_zeroed"]["rel_l2"] < 1e-4
+
+
+def test_a_case_is_replayed_for_people(run: Run) -> None:
+    done = run("replay", GOLDEN / "relative_rope_static.safetensors")
+    assert done.code == 0
+    lines = [line.split() for line in done.out.splitlines()]
+    assert lines[0] == ["TENSOR", "REL", "L2", "MAX", "ABS"]
+    assert [line[0] for line in lines[1:-1]] == ["denoising_timesteps", "first_flow", "latents"]
+    assert " ".join(lines[-1]) == "relative_rope_static on torch: ok (at most 1e-05)"
+
+
+def test_a_difference_fails_the_command(run: Run, tmp_path: Path) -> None:
+    tensors = load_file(GOLDEN / "umt5_seed41.safetensors")
+    tensors["embeds_padding_zeroed"] *= 1.001
+    with safe_open(GOLDEN / "umt5_seed41.safetensors", framework="np") as file:
+        metadata = file.metadata()
+    save_file(tensors, tmp_path / "altered.safetensors", metadata)
+    shutil.copy(GOLDEN / "umt5_weights_seed41.safetensors", tmp_path)
+    done = run("replay", tmp_path / "altered.safetensors", "--json")
+    assert (done.code, done.err) == (1, "realtide: altered: not what the reference computes\n")
+    result = json.loads(done.out)
+    assert result["ok"] is False
+    assert result["tensors"]["embeds_padding_zeroed"]["rel_l2"] == pytest.approx(0.001, rel=0.01)
+
+
+def test_what_cannot_be_replayed_is_said(run: Run, tmp_path: Path) -> None:
+    done = run("replay", tmp_path / "nothing.safetensors")
+    assert done.code == 1
+    assert done.err.startswith("realtide: ")
+    assert done.err.count("\n") == 1
+    assert run("replay", GOLDEN / "weights_seed7.safetensors").err.endswith("its metadata has no 'case'\n")
+    assert run("replay").code == 2
+    assert run("replay", GOLDEN / "umt5_seed41.safetensors", "--backend", "abacus").code == 2

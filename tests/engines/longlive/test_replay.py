@@ -1,0 +1,94 @@
+"""Golden cases of the public reference implementation, replayed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from realtide.engines.longlive.replay import CaseError, difference, replay
+from tests.engines.longlive.conftest import GOLDEN
+
+CASES = {
+    "relative_rope_static": {"denoising_timesteps", "first_flow", "latents"},
+    "switch_global_sink": {"denoising_timesteps", "first_flow", "latents"},
+    "switch_recached_sink": {"denoising_timesteps", "first_flow", "latents"},
+    "wan_vae_seed31": {"decoded_unclamped"},
+    "umt5_seed41": {"embeds_padding_zeroed"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_modules_compute_what_the_reference_does(case: str) -> None:
+    report = replay(GOLDEN / f"{case}.safetensors")
+    assert set(report.tensors) == CASES[case]
+    assert report.ok
+    assert max(found.rel_l2 for found in report.tensors.values()) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["switch_global_sink", "wan_vae_seed31", "umt5_seed41"])
+def test_the_graphs_compute_what_the_reference_does(case: str) -> None:
+    report = replay(GOLDEN / f"{case}.safetensors", "onnxruntime")
+    assert set(report.tensors) == CASES[case]
+    assert report.ok
+    assert max(found.rel_l2 for found in report.tensors.values()) < 1e-4
+
+
+def copy(name: str, directory: Path, changes: dict[str, object]) -> Path:
+    """A case whose description differs, beside its weights."""
+    with safe_open(GOLDEN / f"{name}.safetensors", framework="np") as file:
+        case = json.loads(file.metadata()["case"]) | changes
+    path = directory / f"{name}.safetensors"
+    save_file(load_file(GOLDEN / f"{name}.safetensors"), path, {"case": json.dumps(case)})
+    shutil.copy(GOLDEN / "weights_seed7.safetensors", directory)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("switch_global_sink", {"global_sink": False}),
+        ("switch_recached_sink", {"global_sink": True}),
+        ("switch_global_sink", {"switch_frames": [6, 18]}),
+        ("switch_global_sink", {"sink_size": 0}),
+        ("relative_rope_static", {"rope": "absolute"}),
+        ("relative_rope_static", {"timestep_shift": 4.0}),
+    ],
+)
+def test_other_semantics_do_not_pass(name: str, changes: dict[str, object], tmp_path: Path) -> None:
+    report = replay(copy(name, tmp_path, changes))
+    assert not report.ok
+    assert report.tensors["latents"].rel_l2 > 0.01
+
+
+def test_what_is_no_case_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CaseError, match="its metadata has no 'case'"):
+        replay(GOLDEN / "weights_seed7.safetensors")
+    with pytest.raises(CaseError, match="No such file"):
+        replay(tmp_path / "nothing.safetensors")
+    (tmp_path / "text.safetensors").write_text("text")
+    with pytest.raises(CaseError, match=r"text\.safetensors"):
+        replay(tmp_path / "text.safetensors")
+    other = tmp_path / "other.safetensors"
+    save_file({"x": np.zeros(1)}, other, {"case": "{}"})
+    with pytest.raises(CaseError, match="neither rope nor z_dim nor vocab"):
+        replay(other)
+    save_file({"x": np.zeros(1)}, other, {"case": '{"rope": "absolute"}'})
+    with pytest.raises(CaseError, match="the case has no 'model'"):
+        replay(other)
+    shutil.copy(GOLDEN / "umt5_seed41.safetensors", tmp_path)
+    with pytest.raises(CaseError, match=r"no \*weights\*\.safetensors beside it has the 32 tensors"):
+        replay(tmp_path / "umt5_seed41.safetensors")
+
+
+def test_differences_are_relative_to_the_reference() -> None:
+    found = difference(np.array([3.0, 4.0]), np.array([3.0, 5.0]))
+    assert (found.rel_l2, found.max_abs) == (1 / 34**0.5, 1.0)
+    assert difference(np.ones(2), np.zeros(2)).rel_l2 == 2**0.5
+    with pytest.raises(CaseError, match=r"\[2\] where the case has \[3\]"):
+        difference(np.ones(2), np.ones(3))
