@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -55,9 +58,9 @@ def command(
         from realtide.engines.runtime.program import ProgramError
     except ImportError as error:
         raise CommandError(f"replaying needs a package that is not installed: {error}") from None
-    _quiet()
     try:
-        report = replay.replay(case, backend.value)
+        with _quiet():
+            report = replay.replay(case, backend.value)
     except (ValueError, ProgramError) as error:
         raise CommandError(str(error)) from None
     except ImportError as error:
@@ -74,11 +77,15 @@ def command(
         raise CommandError(f"{report.case}: not what the reference computes")
 
 
-def _quiet() -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """The exporter warns about its own internals, on standard error."""
-    import logging
-
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _table(report: Report, tolerance: float) -> None:

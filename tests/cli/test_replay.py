@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def test_a_case_is_replayed_for_programs(run: Run) -> None:
     found = result["tensors"]["embeds_padding_zeroed"]
     assert 0 < found["rel_l2"] < 1e-5
     assert 0 < found["max_abs"] < 1e-4
+    assert logging.root.manager.disable == logging.NOTSET  # the exporter is silenced for the time it runs
 
 
 def test_a_case_is_replayed_over_its_graphs(run: Run) -> None:
