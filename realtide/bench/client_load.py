@@ -11,8 +11,7 @@ counted from the moment when the chunk was *due*, not from when this process got
 holds the generator's own lateness, both ways through gRPC and all queues. A probe that is not answered by the
 end counts with the time it has waited so far.
 
-It shares the processor with the server, so it must cost little: messages are serialized beforehand, written
-straight to sockets (`http2`) and told apart by their first byte; only results are parsed.
+Messages are serialized beforehand, answers are told apart by their first byte, and only results are parsed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from realtide.bench import audio, http2, plan, stats
+import grpc
+
+from realtide.bench import audio, plan, stats
 from realtide_client.v1 import common_pb2
 from realtide_client.v1 import speech_pb2 as pb
 
@@ -35,6 +36,7 @@ PROBES = 8  # of one stream on their way; servers take at least 16
 STREAMS_PER_CONNECTION = 8
 _DRAIN = 10.0  # seconds for the last results
 _OPEN = 30.0
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # missing in the stubs
 # First byte of a response: field number and wire type 2.
 _TAGS = {number: bytes([number << 3 | 2])[0] for number in (1, 3, 10, 11)}
 _OPENED, _APPLIED, _PARTIAL, _FINAL = (_TAGS[number] for number in (1, 3, 10, 11))
@@ -101,80 +103,76 @@ class Window:
 
 
 class Live:
-    """One stream; hears of its call's answers."""
+    """One stream."""
 
     def __init__(
-        self,
-        connection: http2.Connection,
-        load: plan.Plan,
-        member: plan.Stream,
-        sends: Messages,
-        seen: Window,
+        self, call: Any, load: plan.Plan, member: plan.Stream, sends: Messages, seen: Window
     ) -> None:
+        self._call = call
         self._load = load
         self._member = member
         self._sends = sends
         self._seen = seen
-        self._call = connection.call(METHOD, self)
-        self._opened: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._start = 0.0
         self._probes: deque[float] = deque()  # when the chunks before them were due
         self._number = 0
-        self.over = asyncio.Event()
         self.failure: str | None = None
         self.frame_seconds = 0.0
 
     async def open(self) -> None:
         """Open the session. Raises LoadError."""
-        self._call.send(self._sends.open)
         try:
             async with asyncio.timeout(_OPEN):
-                answer = await self._opened
+                await self._call.write(self._sends.open)
+                answer = await self._call.read()
         except TimeoutError:
             raise LoadError(f"a session did not open within {_OPEN:g} s") from None
-        if not answer or answer[0] != _OPENED:
-            raise LoadError(f"a session was refused: {self.failure or 'no `opened`'}")
+        except grpc.aio.AioRpcError as error:
+            raise LoadError(f"a session was refused: {error.code().name}: {error.details()}") from None
+        if answer is _EOF or not answer or answer[0] != _OPENED:
+            detail = await self._call.details() if answer is _EOF else "no `opened`"
+            raise LoadError(f"a session was refused: {detail}")
         self.frame_seconds = pb.SpeechStreamResponse.FromString(answer).opened.frame_seconds
 
-    def send(self, start: float, k: int, due: float) -> None:
-        """Send chunk `k`, which is due now, and what follows it; `start` is the load's."""
-        load, member, seen, sends = self._load, self._member, self._seen, self._sends
+    async def send(self, start: float) -> None:
+        """Send every chunk when it is due, and probes."""
         self._start = start
-        if seen.holds(due):
-            seen.late.append(time.monotonic() - due)
-        if self.over.is_set():
-            return
-        self._call.send(sends.chunks[(member.first + k) % len(sends.chunks)])
-        if k % load.probe_every == member.probe:
-            if len(self._probes) < PROBES:
-                self._probes.append(due)
-                self._call.send(sends.probes[self._number])
-                self._number = (self._number + 1) % PROBES
-            elif seen.holds(due):
-                seen.skipped += 1
-        if k == load.count - 1:
-            self._call.send(sends.finish)
-            self._call.finish()
+        load, member, seen, sends = self._load, self._member, self._seen, self._sends
+        write, monotonic = self._call.write, time.monotonic
+        try:
+            for k in range(load.count):
+                due = start + member.due(load, k)
+                if (wait := due - monotonic()) > 0:
+                    await asyncio.sleep(wait)
+                if seen.holds(due):
+                    seen.late.append(monotonic() - due)
+                await write(sends.chunks[(member.first + k) % len(sends.chunks)])
+                if k % load.probe_every == member.probe:
+                    if len(self._probes) < PROBES:
+                        self._probes.append(due)
+                        await write(sends.probes[self._number])
+                        self._number = (self._number + 1) % PROBES
+                    elif seen.holds(due):
+                        seen.skipped += 1
+            await write(sends.finish)
+            await self._call.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            self.failure = self.failure or str(error)
 
-    def answered(self, message: bytes) -> None:
-        """See `http2.Listener`."""
-        tag, now = message[0] if message else 0, time.monotonic()
-        if tag == _APPLIED:
-            due = self._probes.popleft()
-            if self._seen.holds(due):
-                self._seen.delays.append(now - due)
-        elif tag in (_PARTIAL, _FINAL):
-            if self._seen.holds(now):
-                self._result(message, tag, now)
-        elif not self._opened.done():
-            self._opened.set_result(message)
-
-    def ended(self, failure: str | None) -> None:
-        """See `http2.Listener`."""
-        self.failure = failure
-        self.over.set()
-        if not self._opened.done():
-            self._opened.set_result(b"")
+    async def receive(self) -> None:
+        """Take answers until the stream ends."""
+        read, seen = self._call.read, self._seen
+        try:
+            while (answer := await read()) is not _EOF:
+                tag, now = answer[0], time.monotonic()
+                if tag == _APPLIED:
+                    due = self._probes.popleft()
+                    if seen.holds(due):
+                        seen.delays.append(now - due)
+                elif tag in (_PARTIAL, _FINAL) and seen.holds(now):
+                    self._result(answer, tag, now)
+        except grpc.aio.AioRpcError as error:
+            self.failure = f"{error.code().name}: {error.details()}"
 
     def _result(self, answer: bytes, tag: int, now: float) -> None:
         seen, message = self._seen, pb.SpeechStreamResponse.FromString(answer)
@@ -197,31 +195,23 @@ class Live:
         self._call.cancel()
 
 
-async def send_all(load: plan.Plan, live: list[Live], members: list[plan.Stream], start: float) -> None:
-    """Send every chunk of every stream when it is due."""
-    monotonic = time.monotonic
-    for due, member, k in plan.schedule(load, members):
-        if (wait := start + due - monotonic()) > 0:
-            await asyncio.sleep(wait)
-        live[member.index].send(start, k, start + due)
-
-
 async def run(load: plan.Plan, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Make the load; `tell` hears of the window's begin and end. Raises LoadError, CommandError."""
     sends = messages(load)
     members = plan.streams(load, len(sends.chunks))
     seen = Window()
-    try:
+    channels: list[Any] = [  # the stubs want serializers, and an argument to close()
         # Connections of their own, as different clients would have them.
-        connections = [
-            await http2.Connection.to(load.address) for _ in range(-(-load.streams // STREAMS_PER_CONNECTION))
-        ]
-    except OSError as error:
-        raise LoadError(f"no server at {load.address}: {error}") from None
-    live = [
-        Live(connections[member.index // STREAMS_PER_CONNECTION], load, member, sends, seen)
-        for member in members
+        grpc.aio.insecure_channel(load.address, options=[("grpc.use_local_subchannel_pool", 1)])
+        for _ in range(-(-load.streams // STREAMS_PER_CONNECTION))
     ]
+    live = [
+        Live(
+            channels[member.index // STREAMS_PER_CONNECTION].stream_stream(METHOD)(),
+            load, member, sends, seen,
+        )
+        for member in members
+    ]  # fmt: skip
     try:
         await asyncio.gather(*(stream.open() for stream in live))
         if live[0].frame_seconds > load.chunk + 1e-9:
@@ -232,24 +222,25 @@ async def run(load: plan.Plan, tell: Callable[[dict[str, Any]], None]) -> dict[s
         gc.disable()
         start = time.monotonic() + 0.1
         seen.begin, seen.end = start + load.warmup, start + load.warmup + load.seconds
-        sending = asyncio.create_task(send_all(load, live, members, start))
+        receivers = [asyncio.create_task(stream.receive()) for stream in live]
+        senders = [asyncio.create_task(stream.send(start)) for stream in live]
         await asyncio.sleep(seen.begin - time.monotonic())
         tell({"event": "begin"})
         used = time.process_time()
         await asyncio.sleep(seen.end - time.monotonic())
         used = time.process_time() - used
         tell({"event": "end"})
-        await sending
         # A stream that the server holds back cannot finish sending: what it waits for counts as it is.
-        ending = [asyncio.create_task(stream.over.wait()) for stream in live]
-        _, unfinished = await asyncio.wait(ending, timeout=_DRAIN)
-        for task in unfinished:
-            task.cancel()
+        await asyncio.wait(senders, timeout=_DRAIN)
+        _, unfinished = await asyncio.wait(receivers, timeout=_DRAIN)
         for stream in live:
             stream.close()
+        for task in (*senders, *receivers):
+            task.cancel()
+        await asyncio.gather(*senders, *receivers, return_exceptions=True)
     finally:
-        for connection in connections:
-            connection.close()
+        for channel in channels:
+            await channel.close()
     failures = [stream.failure for stream in live if stream.failure]
     return {
         "streams": load.streams,
