@@ -80,7 +80,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, clips: dict[str, Clip]) -> 
     path = tmp_path_factory.mktemp("bundles") / "small"
     config = small_config(vocab=257, right=3)
     torch.manual_seed(1)
-    model = wild(config, seed=3)
+    model = wild(config, seed=8)
     features = np.concatenate([clip.features for clip in clips.values()])
     mean, std = features.mean(0), features.std(0)
     windows = windows_of(torch.from_numpy((features - mean) / std)[None], config)
