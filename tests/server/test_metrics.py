@@ -141,6 +141,9 @@ async def test_calls_and_messages_are_counted() -> None:
         await bad.write(opening(rate=1))
         await failure(bad)
         cancelled = await server.opened()
+        # A message that the client has is counted only when the server's write returns, which a cancellation
+        # can forestall.
+        await until(lambda: value("grpc_server_msg_sent_total", **speech) == len(answers) + 2)
         cancelled.cancel()
         for code, count in (("OK", 1), ("InvalidArgument", 1), ("Cancelled", 1)):
             await until(
@@ -158,9 +161,12 @@ async def test_calls_and_messages_are_counted() -> None:
             await models.DescribeModel(models_pb2.DescribeModelRequest(name="x"))
         unary = {"grpc_type": "unary", "grpc_service": "realtide.v1.Models"}
         assert value("grpc_server_handled_total", grpc_method="ListModels", grpc_code="OK", **unary) == 1
-        assert (
-            value("grpc_server_handled_total", grpc_method="DescribeModel", grpc_code="NotFound", **unary)
-            == 1
+        # An abort sends the status before the handler ends.
+        await until(
+            lambda: (
+                value("grpc_server_handled_total", grpc_method="DescribeModel", grpc_code="NotFound", **unary)
+                == 1
+            )
         )
 
 
