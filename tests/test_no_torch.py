@@ -21,11 +21,18 @@ NEEDS_TORCH = frozenset(
         "realtide.engines.ancat.rnnt",
         "realtide.engines.ancat.stream",
         "realtide.engines.ancat.training",
+        "realtide.engines.longlive.export",
+        "realtide.engines.longlive.rows",
+        "realtide.engines.longlive.steps",
+        "realtide.engines.longlive.text",
+        "realtide.engines.longlive.transformer",
+        "realtide.engines.longlive.vae",
         "realtide.engines.runtime.export",
         "realtide.engines.runtime.in_place",
         "realtide.engines.runtime.int8",
         # The torch backend.
         "realtide.engines.ancat.torch_programs",
+        "realtide.engines.longlive.torch_programs",
         "realtide.engines.runtime.torch_program",
     }
 )
