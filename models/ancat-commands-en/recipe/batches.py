@@ -57,16 +57,17 @@ def corpus(
 def spec_augment(mel: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """SpecAugment on normalised features [F, 80], and a random gain.
 
-    Two frequency masks of up to 18 bins; time masks of up to 25 frames, one a second, 8 at most.
+    Two frequency masks of up to 8 bins; time masks of up to 6 frames (10 ms), one a second, 8 at most. Longer
+    masks, as are usual for read sentences, hide whole digits.
     """
     out = mel.copy()
     out += rng.normal(0.0, 0.25)
     for _ in range(2):
-        width = int(rng.integers(0, 19))
+        width = int(rng.integers(0, 9))
         start = int(rng.integers(0, mel.shape[1] - width))
         out[:, start : start + width] = 0.0
     for _ in range(max(1, min(8, len(mel) // 100))):
-        width = int(rng.integers(0, min(26, max(1, len(mel) // 6) + 1)))
+        width = int(rng.integers(0, min(7, max(1, len(mel) // 6) + 1)))
         start = int(rng.integers(0, len(mel) - width + 1))
         out[start : start + width] = 0.0
     return out

@@ -124,7 +124,7 @@ def attend(
     bias = block.relative[:, (rel + left).clamp(0, left + right)]
     score = torch.matmul(q, k.transpose(-1, -2)).float() + bias
     seen = weight.unsqueeze(1)
-    top = score.detach().masked_fill(seen < 0.5, -1e4).amax(-1, keepdim=True)
+    top = score.detach().masked_fill(seen < 0.5, -torch.inf).amax(-1, keepdim=True)
     # An open key's score is at most the top; a closed one's gradient must not explode however high it is.
     mass = torch.exp((score - top).clamp(max=1.0)) * seen
     probs = mass / mass.sum(-1, keepdim=True).clamp_min(1e-6)

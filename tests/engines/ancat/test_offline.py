@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from realtide.engines.ancat.frontend import Frontend
+from realtide.engines.ancat.model import Block
 from realtide.engines.ancat.offline import (
+    attend,
     depth_arcs,
     encode,
     fixed_depth,
@@ -94,3 +96,19 @@ def test_windows_are_those_of_the_front_end(clips: dict[str, Clip]) -> None:
     want = torch.from_numpy(front.take())
     have = windows_of(torch.from_numpy(clip.features)[None], small_config())[0]
     torch.testing.assert_close(have, want)
+
+
+def test_a_frame_that_attends_to_itself_alone_does_so_however_low_its_score() -> None:
+    config = small_config(right=3, layers=1)
+    model = wild(config)
+    block = model.encoder.blocks[0]
+    assert isinstance(block, Block)
+    with torch.no_grad():
+        block.query.weight.mul_(1e4)  # scores far below any finite stand-in for "masked"
+        block.key.weight.mul_(-1e2)
+        x = torch.randn(1, 6, config.dim, generator=torch.Generator().manual_seed(4))
+        residual, key, value, _ = block.arrive(x)
+        closed = torch.zeros(1, 6, 3)
+        out = attend(block, residual, key, value, closed, torch.tensor([6]), config)
+        alone = residual[:, :1] + block.attention_out(value[:, :1])
+    torch.testing.assert_close(out[:, :1], alone)
