@@ -58,7 +58,7 @@ class Room:
 
     def __init__(self, bundle: Path, backend: str = "onnxruntime", slots: int = 6) -> None:
         self.engine: AncatEngine = load(bundle, slots=slots, max_batch=slots, backend=backend)
-        self.heard: dict[int, Heard] = {}
+        self.heard: dict[SpeechSession, Heard] = {}  # by the object: ids of closed sessions come again
         self.sizes: list[int] = []
         encode = self.engine._encode
 
@@ -66,7 +66,7 @@ class Room:
             encoded, available, counts = encode(sessions, works, windows)
             at = 0
             for session, n in zip(sessions, counts, strict=True):
-                heard = self.heard.setdefault(id(session), Heard())
+                heard = self.heard.setdefault(session, Heard())
                 heard.rows.append(encoded[at : at + n])
                 heard.available += available[at : at + n].tolist()
                 at += n
@@ -76,7 +76,7 @@ class Room:
         setattr(self.engine, "_encode", listening)  # noqa: B010
 
     def of(self, session: SpeechSession) -> Heard:
-        return self.heard.setdefault(id(session), Heard())
+        return self.heard.setdefault(session, Heard())
 
     def push(self, session: SpeechSession, item: SpeechInput) -> None:
         self.of(session).events.extend(session.push(item))
