@@ -273,7 +273,7 @@ def test_resuming_goes_on_bit_for_bit(room: Room, clips: dict[str, Clip], name: 
         if k % 11 == 5:
             parts.append(room.of(session))
             session = resumed(room, session)
-            room.heard.pop(id(session), None)
+            room.heard.pop(session, None)
             slots.append(session.slot)
         room.play(session, [item])
     parts.append(room.of(session))
@@ -295,7 +295,7 @@ def test_resuming_in_another_process_of_the_same_bundle(
     moved = twin.engine.restore(session.export())
     rest: list[SpeechInput] = [Audio(clip.samples[10_007:], 0.0), Finish()]
     one, two = Heard(), twin.of(moved)
-    room.heard[id(session)] = one
+    room.heard[session] = one
     room.play(session, rest)
     twin.play(moved, rest)
     assert one.events == two.events
