@@ -45,10 +45,10 @@ def test_stale_missing_and_left_over_stubs_are_found(
     with (tmp_path / "speech_pb2.pyi").open("a") as file:
         file.write("# changed\n")
     (tmp_path / "models_pb2.py").unlink()
-    (tmp_path / "video_pb2.py").touch()
+    (tmp_path / "zither_pb2.py").touch()
     assert generate_stubs.main(["--check", "--out", str(tmp_path)]) == 1
     stale = capsys.readouterr().err.partition(": ")[2].split()
-    assert stale == ["models_pb2.py,", "speech_pb2.pyi,", "video_pb2.py"]
+    assert stale == ["models_pb2.py,", "speech_pb2.pyi,", "zither_pb2.py"]
 
 
 def test_stubs_run_on_the_lowest_versions_that_the_packages_accept() -> None:

@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from . import common_pb2 as _common_pb2
 from . import speech_pb2 as _speech_pb2
+from . import video_pb2 as _video_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -157,6 +158,7 @@ class Model(_message.Message):
     CAPACITY_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     SPEECH_FIELD_NUMBER: _builtins.int
+    VIDEO_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, as used in SessionOptions."""
     version: _builtins.str
@@ -185,6 +187,10 @@ class Model(_message.Message):
     def speech(self) -> Global___SpeechModel:
         """Serves Speech.Stream."""
 
+    @_builtins.property
+    def video(self) -> Global___VideoModel:
+        """Serves Video.Stream."""
+
     def __init__(
         self,
         *,
@@ -199,12 +205,13 @@ class Model(_message.Message):
         capacity: Global___Capacity | None = ...,
         limits: _common_pb2.Limits | None = ...,
         speech: Global___SpeechModel | None = ...,
+        video: Global___VideoModel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "kind", b"kind", "limits", b"limits", "speech", b"speech"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "kind", b"kind", "limits", b"limits", "speech", b"speech", "video", b"video"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "capacity", b"capacity", "device", b"device", "engine", b"engine", "kind", b"kind", "license", b"license", "limits", b"limits", "name", b"name", "precision", b"precision", "speech", b"speech", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "capacity", b"capacity", "device", b"device", "engine", b"engine", "kind", b"kind", "license", b"license", "limits", b"limits", "name", b"name", "precision", b"precision", "speech", b"speech", "state", b"state", "version", b"version", "video", b"video"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["speech"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["speech", "video"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -305,3 +312,81 @@ class SpeechModel(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SpeechModel: _TypeAlias = SpeechModel  # noqa: Y015
+
+@_typing.final
+class VideoModel(_message.Message):
+    """What is particular to video models."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZES_FIELD_NUMBER: _builtins.int
+    ENCODINGS_FIELD_NUMBER: _builtins.int
+    FRAMES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    BLOCK_FRAMES_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FRAMES_FIELD_NUMBER: _builtins.int
+    SESSION_BYTES_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    frames_per_second: _builtins.float
+    """Frames per second that the model was trained for: the default."""
+    block_frames: _builtins.int
+    """Frames that are generated together, and so the distance of possible prompt changes."""
+    first_block_frames: _builtins.int
+    """Frames of the first block, which may be fewer."""
+    session_bytes: _builtins.int
+    """Memory of one session, in bytes: key/value cache, prompts, latents and the state of the decoder."""
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___VideoSize]:
+        """Sizes that can be generated, the default first."""
+
+    @_builtins.property
+    def encodings(self) -> _containers.RepeatedScalarFieldContainer[_video_pb2.VideoEncoding.ValueType]:
+        """Encodings that are accepted."""
+
+    @_builtins.property
+    def limits(self) -> _video_pb2.VideoLimits:
+        """Ranges of the options."""
+
+    def __init__(
+        self,
+        *,
+        sizes: _abc.Iterable[Global___VideoSize] | None = ...,
+        encodings: _abc.Iterable[_video_pb2.VideoEncoding.ValueType] | None = ...,
+        frames_per_second: _builtins.float = ...,
+        block_frames: _builtins.int = ...,
+        first_block_frames: _builtins.int = ...,
+        session_bytes: _builtins.int = ...,
+        limits: _video_pb2.VideoLimits | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_frames", b"block_frames", "encodings", b"encodings", "first_block_frames", b"first_block_frames", "frames_per_second", b"frames_per_second", "limits", b"limits", "session_bytes", b"session_bytes", "sizes", b"sizes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VideoModel: _TypeAlias = VideoModel  # noqa: Y015
+
+@_typing.final
+class VideoSize(_message.Message):
+    """A size of video."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    width: _builtins.int
+    """In pixels."""
+    height: _builtins.int
+    """In pixels."""
+    def __init__(
+        self,
+        *,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VideoSize: _TypeAlias = VideoSize  # noqa: Y015
