@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 import realtide_client as rt
-from realtide_client.link import Link, Target
+from realtide_client.link import SPEECH, Link, Target
 from tests.clients.scripted import rich_status
 
 Status = tuple[grpc.StatusCode, str, Any]
@@ -45,7 +45,7 @@ class Call:
 
 
 async def link_of(call: Call) -> Link:
-    link = Link(Target("127.0.0.1:1"))
+    link = Link(Target("127.0.0.1:1"), SPEECH)
     await link.close()
     link._call = call  # type: ignore[assignment]
     link._on_done(call)

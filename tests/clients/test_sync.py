@@ -13,7 +13,8 @@ import pytest
 
 import realtide_client as rt
 from realtide_client import sync
-from realtide_client.v1 import models_pb2_grpc, speech_pb2_grpc
+from realtide_client.v1 import models_pb2_grpc, speech_pb2_grpc, video_pb2_grpc
+from tests.clients import scripted_video
 from tests.clients.scripted import UTTERANCE, Script, ScriptedSpeech, checksum
 
 
@@ -31,6 +32,8 @@ def address() -> Iterator[str]:
         servicer = ScriptedSpeech(Script(drop_at={0: 4000}))
         speech_pb2_grpc.add_SpeechServicer_to_server(servicer, server)
         models_pb2_grpc.add_ModelsServicer_to_server(servicer, server)
+        video = scripted_video.ScriptedVideo(scripted_video.Script(drop_at={0: 40}))
+        video_pb2_grpc.add_VideoServicer_to_server(video, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         return server, port
@@ -73,3 +76,32 @@ def test_errors_are_raised_in_the_callers_thread(address: str) -> None:
     client.close()
     with pytest.raises(rt.StreamClosed):
         client.models()
+
+
+def test_one_thread_changes_prompts_while_another_takes_frames(address: str) -> None:
+    retry = rt.RetryPolicy(initial_seconds=0.01)
+    with (
+        sync.connect(address) as client,
+        client.video(prompt="a", encoding="jpeg", seed=1, buffer_seconds=None, retry=retry) as stream,
+    ):
+        places: list[int] = []
+
+        def direct() -> None:
+            stream.grant(20)
+            control = stream.set_prompt("b", at_frame=12)
+            stream.grant(60)
+            places.append(control.applied(30).position)
+            stream.resume().applied(30)
+            stream.finish()
+
+        director = threading.Thread(target=direct)
+        director.start()
+        frames = [event.data for event in stream if isinstance(event, rt.Frames)]
+        director.join()
+        assert (stream.reconnects, stream.position, stream.received) == (1, 60, 60)
+        assert stream.info.seed == 1
+    history = [(0, "a"), (places[0], "b")]
+    assert frames == [
+        scripted_video.frame_of(index, 1, *(change for change in history if change[0] <= index))
+        for index in range(60)
+    ]

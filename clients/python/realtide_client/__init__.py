@@ -1,4 +1,4 @@
-"""Client of the Realtide server: live speech recognition over gRPC.
+"""Client of the Realtide server: live speech recognition and video generation over gRPC.
 
 `connect` gives the asyncio client; `realtide_client.sync.connect` the same without asyncio.
 """
@@ -20,7 +20,8 @@ from realtide_client.errors import (
     Unavailable,
 )
 from realtide_client.retry import RetryPolicy
-from realtide_client.stream import Control, SpeechStream
+from realtide_client.session import Control
+from realtide_client.stream import SpeechStream
 from realtide_client.types import (
     Accepted,
     Alternative,
@@ -37,6 +38,15 @@ from realtide_client.types import (
     SpeechOptions,
     Timing,
     Word,
+)
+from realtide_client.video import VideoStream
+from realtide_client.video_types import (
+    Frames,
+    PromptApplied,
+    VideoEncoding,
+    VideoEvent,
+    VideoInfo,
+    VideoOptions,
 )
 
 __version__ = "0.1.0"
@@ -56,11 +66,13 @@ __all__ = [
     "EndpointingRules",
     "FieldViolation",
     "Final",
+    "Frames",
     "IdleTimeout",
     "InvalidRequest",
     "NotFound",
     "Partial",
     "PhraseBoost",
+    "PromptApplied",
     "RealtideError",
     "ResourceExhausted",
     "Result",
@@ -73,6 +85,11 @@ __all__ = [
     "StreamLost",
     "Timing",
     "Unavailable",
+    "VideoEncoding",
+    "VideoEvent",
+    "VideoInfo",
+    "VideoOptions",
+    "VideoStream",
     "Word",
     "connect",
 ]

@@ -11,10 +11,12 @@ import grpc
 
 from realtide_client import errors
 from realtide_client import types as t
+from realtide_client import video_types as v
 from realtide_client.link import Metadata, Target
 from realtide_client.retry import RetryPolicy
 from realtide_client.stream import SpeechStream
 from realtide_client.v1 import models_pb2, models_pb2_grpc
+from realtide_client.video import VideoStream
 
 
 class Client:
@@ -71,6 +73,43 @@ class Client:
             checkpoint_interval_ms=checkpoint_interval_ms,
             replay_seconds=replay_seconds,
             send_ahead_seconds=send_ahead_seconds,
+        )
+
+    def video(
+        self,
+        options: v.VideoOptions | None = None,
+        *,
+        resume: t.Checkpoint | None = None,
+        retry: RetryPolicy | None = None,
+        open_timeout: float = 30.0,
+        checkpoint_interval_ms: int = 5000,
+        buffer_seconds: float | None = 2.0,
+        **choices: Any,
+    ) -> VideoStream:
+        """A video session, to be used with `async with`.
+
+        Args:
+            options: The session's choices.
+            resume: A checkpoint to continue from; its choices hold, the encoding too.
+            retry: When to connect again; `RetryPolicy(max_retries=0)`: never.
+            open_timeout: Seconds to wait for the server's first message.
+            checkpoint_interval_ms: Milliseconds of video between checkpoints.
+            buffer_seconds: Video that may be generated ahead of what was taken from the iterator; None: only
+                `VideoStream.grant` gives credit.
+            **choices: Fields of VideoOptions, as a shorthand: `client.video(prompt="a red apple", seed=7)`.
+
+        Raises:
+            ValueError: An encoding that there is not, a value that does not fit its field at all, or a
+                buffer that is not more than 0.
+        """
+        return VideoStream(
+            self._target,
+            replace(options or v.VideoOptions(), **choices),
+            resume=resume,
+            retry=retry,
+            open_timeout=open_timeout,
+            checkpoint_interval_ms=checkpoint_interval_ms,
+            buffer_seconds=buffer_seconds,
         )
 
     async def models(self, timeout: float = 10.0) -> list[models_pb2.Model]:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from realtide_client import errors
-from realtide_client.v1 import common_pb2, speech_pb2, speech_pb2_grpc
+from realtide_client.v1 import (
+    common_pb2,
+    speech_pb2,
+    speech_pb2_grpc,
+    video_pb2,
+    video_pb2_grpc,
+)
 
-Call = grpc.aio.StreamStreamCall[speech_pb2.SpeechStreamRequest, speech_pb2.SpeechStreamResponse]
+Request = speech_pb2.SpeechStreamRequest | video_pb2.VideoStreamRequest
+Response = speech_pb2.SpeechStreamResponse | video_pb2.VideoStreamResponse
 Metadata = Sequence[tuple[str, str | bytes]]
 
 _Status = tuple[grpc.StatusCode, str, Any]
@@ -52,21 +59,45 @@ class Target:
         return grpc.aio.secure_channel(self.address, self.credentials, options=options)
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of session: the service that serves it, and its messages; all kinds follow one grammar.
+
+    Attributes:
+        name: For people and logs.
+        stub: Makes the service's stub of a channel.
+        request: Makes a message of the client.
+        response: Class of the server's messages.
+    """
+
+    name: str
+    stub: Callable[[grpc.aio.Channel], Any]
+    request: Callable[..., Request]
+    response: type[speech_pb2.SpeechStreamResponse] | type[video_pb2.VideoStreamResponse]
+
+
+SPEECH = Kind(
+    "speech", speech_pb2_grpc.SpeechStub, speech_pb2.SpeechStreamRequest, speech_pb2.SpeechStreamResponse
+)
+VIDEO = Kind("video", video_pb2_grpc.VideoStub, video_pb2.VideoStreamRequest, video_pb2.VideoStreamResponse)
+
+
 class Link:
     """One call. `close` is idempotent and frees the server's slot at once."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, kind: Kind) -> None:
         self._target = target
+        self._kind = kind
         self._channel = target.channel()
-        self._call: Call = speech_pb2_grpc.SpeechStub(self._channel).Stream(
+        self._call: grpc.aio.StreamStreamCall[Any, Any] = kind.stub(self._channel).Stream(
             None, metadata=tuple(target.metadata)
         )
         self._status: _Status | None = None
         self._call.add_done_callback(self._on_done)
-        self.opened = speech_pb2.SpeechOpened()  # the server's first message, once `open` has returned
+        self.opened: Any = None  # the server's first message, once `open` has returned
         self.finished = False  # the end of the input has been sent
 
-    async def open(self, first: speech_pb2.SpeechStreamRequest, timeout: float) -> None:
+    async def open(self, first: Request, timeout: float) -> None:
         """Send the first message and wait for the server's.
 
         Args:
@@ -86,7 +117,7 @@ class Link:
             raise errors.ServerError("the server's first message was not `opened`")
         self.opened = response.opened
 
-    async def write(self, request: speech_pb2.SpeechStreamRequest) -> bool:
+    async def write(self, request: Request) -> bool:
         """Send a message; waits for flow control. False if the call is over: `read` says why."""
         try:
             await self._call.write(request)
@@ -97,11 +128,11 @@ class Link:
     async def finish(self) -> None:
         """Send the end of the input."""
         self.finished = True
-        if await self.write(speech_pb2.SpeechStreamRequest(finish=common_pb2.Finish())):
+        if await self.write(self._kind.request(finish=common_pb2.Finish())):
             with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
                 await self._call.done_writing()
 
-    async def read(self) -> speech_pb2.SpeechStreamResponse | None:
+    async def read(self) -> Response | None:
         """The next message, or None if the stream has ended with OK.
 
         Raises:
@@ -109,7 +140,7 @@ class Link:
         """
         with contextlib.suppress(grpc.aio.AioRpcError):
             response = await self._call.read()
-            if isinstance(response, speech_pb2.SpeechStreamResponse):
+            if isinstance(response, self._kind.response):
                 return response
         code, details, metadata = await self._final_status()
         if code is grpc.StatusCode.OK:

@@ -1,7 +1,7 @@
 """What was sent and may have to be sent again: audio and controls that no checkpoint covers yet.
 
 Knows nothing of connections. Entries stay in the order in which the client gave them, so that a control meets
-the same audio again.
+the same audio again. A session that sends no media has only its controls in it, all at position 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from realtide_client.errors import StreamLost
-from realtide_client.v1 import speech_pb2
+from realtide_client.link import Request
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Message:
     """A control or a checkpoint request. `settled`: its answer has come, so the next checkpoint covers it."""
 
     key: str
-    request: speech_pb2.SpeechStreamRequest
+    request: Request
     settled: bool = False
 
 
@@ -72,7 +72,7 @@ class ReplayLog:
         self._unsent_bytes += len(data)
         self.end += len(data) // self._width
 
-    def append_message(self, key: str, request: speech_pb2.SpeechStreamRequest) -> None:
+    def append_message(self, key: str, request: Request) -> None:
         """Add a control (or checkpoint request) that will be answered under `key`."""
         self._unsent.append(Message(key, request))
 

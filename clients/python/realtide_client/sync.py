@@ -6,15 +6,18 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
-from realtide_client import client, errors, stream
+from realtide_client import client, errors, session, stream, video
 from realtide_client import types as t
+from realtide_client import video_types as v
 from realtide_client.audio import Samples
 from realtide_client.link import Metadata
 from realtide_client.v1 import models_pb2
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+Info = TypeVar("Info")
 
 
 class _Loop:
@@ -62,7 +65,7 @@ class _Loop:
 class Control:
     """A control on its way; see `realtide_client.Control`."""
 
-    def __init__(self, loop: _Loop, control: stream.Control) -> None:
+    def __init__(self, loop: _Loop, control: session.Control) -> None:
         self._loop = loop
         self._control = control
         self.control_id = control.control_id
@@ -76,19 +79,16 @@ class Control:
         return self._loop.wait(self._control.applied(), timeout)
 
 
-class SpeechStream:
-    """A speech session; see `realtide_client.SpeechStream`. Its methods may be called from any thread.
+class _Stream(Generic[Item, Info]):
+    """What the sessions of all kinds have."""
 
-    Usually one thread sends while another one iterates over the results.
-    """
-
-    def __init__(self, loop: _Loop, inner: stream.SpeechStream) -> None:
+    def __init__(self, loop: _Loop, inner: session.Session[Item, Info]) -> None:
         self._loop = loop
-        self._inner = inner
+        self._session = inner
 
-    def open(self) -> t.SessionInfo:
+    def open(self) -> Info:
         """Connect and wait until the session is open. Raises RealtideError."""
-        return self._loop.wait(self._inner.open())
+        return self._loop.wait(self._session.open())
 
     def __enter__(self) -> Self:
         self.open()
@@ -101,22 +101,61 @@ class SpeechStream:
 
     def close(self) -> None:
         """Drop the session unless it has ended. Idempotent."""
-        self._loop.wait(self._inner.close())
+        self._loop.wait(self._session.close())
 
     @property
-    def info(self) -> t.SessionInfo:
+    def info(self) -> Info:
         """What was negotiated."""
-        return self._inner.info
+        return self._session.info
+
+    @property
+    def reconnects(self) -> int:
+        """How often the connection has been replaced."""
+        return self._session.reconnects
+
+    @property
+    def last_checkpoint(self) -> t.Checkpoint | None:
+        """The newest checkpoint, asked for or not."""
+        return self._session.last_checkpoint
+
+    def checkpoint(self, timeout: float | None = None) -> t.Checkpoint:
+        """Ask for the session's state and wait for it."""
+        return self._loop.wait(self._session.checkpoint(), timeout)
+
+    def finish(self) -> None:
+        """End the input; what remains follows."""
+        self._loop.wait(self._session.finish())
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        try:
+            return self._loop.wait(self._next())
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    async def _next(self) -> Item:
+        return await self._session.__anext__()
+
+    def _control(self, work: Coroutine[Any, Any, session.Control]) -> Control:
+        return Control(self._loop, self._loop.wait(work))
+
+
+class SpeechStream(_Stream[t.Result, t.SessionInfo]):
+    """A speech session; see `realtide_client.SpeechStream`. Its methods may be called from any thread.
+
+    Usually one thread sends while another one iterates over the results.
+    """
+
+    def __init__(self, loop: _Loop, inner: stream.SpeechStream) -> None:
+        super().__init__(loop, inner)
+        self._inner = inner
 
     @property
     def position(self) -> int:
         """Index of the next sample that `send` will take."""
         return self._inner.position
-
-    @property
-    def reconnects(self) -> int:
-        """How often the connection has been replaced."""
-        return self._inner.reconnects
 
     def send(self, samples: Samples) -> None:
         """Send mono audio. Raises ValueError, StreamClosed, RealtideError."""
@@ -124,48 +163,64 @@ class SpeechStream:
 
     def set_lookahead(self, *, bias: float | None = None, max_lookahead_ms: int | None = None) -> Control:
         """Turn the lookahead dial; a cap of 0 is causal, -1 removes it."""
-        control = self._inner.set_lookahead(bias=bias, max_lookahead_ms=max_lookahead_ms)
-        return Control(self._loop, self._loop.wait(control))
+        return self._control(self._inner.set_lookahead(bias=bias, max_lookahead_ms=max_lookahead_ms))
 
     def set_interim_results(self, enabled: bool) -> Control:
         """Turn partials on or off."""
-        return Control(self._loop, self._loop.wait(self._inner.set_interim_results(enabled)))
+        return self._control(self._inner.set_interim_results(enabled))
 
     def set_endpointing(self, rules: t.EndpointingRules) -> Control:
         """Replace all endpointing rules."""
-        return Control(self._loop, self._loop.wait(self._inner.set_endpointing(rules)))
+        return self._control(self._inner.set_endpointing(rules))
 
     def set_phrase_boosts(self, boosts: tuple[t.PhraseBoost, ...]) -> Control:
         """Replace the phrases to favour."""
-        return Control(self._loop, self._loop.wait(self._inner.set_phrase_boosts(boosts)))
+        return self._control(self._inner.set_phrase_boosts(boosts))
 
     def flush(self) -> Control:
         """Cut the utterance now."""
-        return Control(self._loop, self._loop.wait(self._inner.flush()))
-
-    def checkpoint(self, timeout: float | None = None) -> t.Checkpoint:
-        """Ask for the session's state and wait for it."""
-        return self._loop.wait(self._inner.checkpoint(), timeout)
-
-    def finish(self) -> None:
-        """End the input; the remaining results follow."""
-        self._loop.wait(self._inner.finish())
-
-    def __iter__(self) -> Iterator[t.Result]:
-        return self
-
-    def __next__(self) -> t.Result:
-        try:
-            return self._loop.wait(self._next())
-        except StopAsyncIteration:
-            raise StopIteration from None
-
-    async def _next(self) -> t.Result:
-        return await self._inner.__anext__()
+        return self._control(self._inner.flush())
 
     def sent_at(self, seconds: float) -> float | None:
         """When the audio at `seconds` was given to `send`, on `time.monotonic()`."""
         return self._inner.sent_at(seconds)
+
+
+class VideoStream(_Stream[v.VideoEvent, v.VideoInfo]):
+    """A video session; see `realtide_client.VideoStream`. Its methods may be called from any thread.
+
+    Usually one thread iterates while another one changes prompts.
+    """
+
+    def __init__(self, loop: _Loop, inner: video.VideoStream) -> None:
+        super().__init__(loop, inner)
+        self._inner = inner
+
+    @property
+    def position(self) -> int:
+        """Index after the last frame that was taken."""
+        return self._inner.position
+
+    @property
+    def received(self) -> int:
+        """Index after the last frame that has arrived here."""
+        return self._inner.received
+
+    def set_prompt(self, prompt: str, at_frame: int | None = None) -> Control:
+        """Change the prompt with the first block that begins at `at_frame` or later; None: the next one."""
+        return self._control(self._inner.set_prompt(prompt, at_frame))
+
+    def pause(self) -> Control:
+        """Stop sending and generating at once."""
+        return self._control(self._inner.pause())
+
+    def resume(self) -> Control:
+        """Go on after a pause."""
+        return self._control(self._inner.resume())
+
+    def grant(self, position: int) -> None:
+        """Take frames below `position`, besides those of the automatic credit."""
+        self._loop.wait(self._inner.grant(position))
 
 
 class Client:
@@ -192,6 +247,10 @@ class Client:
     def speech(self, options: t.SpeechOptions | None = None, **choices: Any) -> SpeechStream:
         """A speech session, to be used with `with`; takes what `realtide_client.Client.speech` takes."""
         return SpeechStream(self._loop, self._inner.speech(options, **choices))
+
+    def video(self, options: v.VideoOptions | None = None, **choices: Any) -> VideoStream:
+        """A video session, to be used with `with`; takes what `realtide_client.Client.video` takes."""
+        return VideoStream(self._loop, self._inner.video(options, **choices))
 
     def models(self, timeout: float = 10.0) -> list[models_pb2.Model]:
         """Every model of the server. Raises RealtideError."""

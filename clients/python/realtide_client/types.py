@@ -75,8 +75,8 @@ class Timing:
     """When a result was made.
 
     Attributes:
-        received_position: Samples that the server had received.
-        processed_position: Samples that it had processed.
+        received_position: Samples that the server had received; of video: the credit that it had, in frames.
+        processed_position: Samples that it had processed; of video: frames that it had decoded.
         processing_seconds: Queueing and computing inside the server, without the network.
         session_seconds: The server's time since the session opened there.
         arrived_at: When the result arrived here, on `time.monotonic()`.
@@ -156,7 +156,10 @@ Result = Partial | Final | Endpoint
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """First receipt of a control: it is valid and queued. `position`: samples received before it."""
+    """First receipt of a control: it is valid and queued.
+
+    `position`: samples received before it; of video: frames sent before it.
+    """
 
     control_id: str
     position: int
@@ -164,7 +167,10 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """Second receipt of a control: it affects the audio from sample `position` on."""
+    """Second receipt of a control: it affects the audio from sample (the video from frame) `position` on.
+
+    `delay_seconds`: from its arrival at the server to its taking effect.
+    """
 
     control_id: str
     position: int
@@ -173,7 +179,10 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A session's whole state; audio from sample `position` on is not in it. Opaque, but safe to store."""
+    """A session's whole state; audio from sample (video from frame) `position` on is not in it.
+
+    Opaque, but safe to store.
+    """
 
     data: bytes = field(repr=False)
     position: int

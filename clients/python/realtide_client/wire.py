@@ -72,11 +72,6 @@ def open_request(options: t.SpeechOptions, checkpoint_interval_ms: int) -> speec
     )
 
 
-def resume_request(checkpoint: t.Checkpoint) -> speech_pb2.SpeechStreamRequest:
-    """The first message of a session that continues."""
-    return speech_pb2.SpeechStreamRequest(resume=common_pb2.Resume(checkpoint=checkpoint.data))
-
-
 def session_info(opened: speech_pb2.SpeechOpened) -> t.SessionInfo:
     """What the server's first message says."""
     session = opened.session
@@ -94,7 +89,8 @@ def session_info(opened: speech_pb2.SpeechOpened) -> t.SessionInfo:
     )
 
 
-def _timing(message: common_pb2.Timing, arrived_at: float) -> t.Timing:
+def timing(message: common_pb2.Timing, arrived_at: float) -> t.Timing:
+    """When a result was made; `arrived_at` is on `time.monotonic()`."""
     return t.Timing(
         received_position=message.received_position,
         processed_position=message.processed_position,
@@ -120,7 +116,7 @@ def partial(message: speech_pb2.SpeechPartial, arrived_at: float) -> t.Partial:
         lookahead_mean_ms=message.lookahead_mean_ms,
         utterance=message.utterance,
         end_likely=message.end_likely,
-        timing=_timing(message.timing, arrived_at),
+        timing=timing(message.timing, arrived_at),
     )
 
 
@@ -139,7 +135,7 @@ def final(message: speech_pb2.SpeechFinal, arrived_at: float) -> t.Final:
         utterance=message.utterance,
         reason=_REASONS.get(message.reason, "unknown"),
         alternatives=tuple(t.Alternative(a.text, a.log_probability) for a in message.alternatives),
-        timing=_timing(message.timing, arrived_at),
+        timing=timing(message.timing, arrived_at),
     )
 
 
@@ -149,5 +145,5 @@ def endpoint(message: speech_pb2.EndpointEvent, arrived_at: float) -> t.Endpoint
         kind=_KINDS.get(message.kind, "unknown"),
         at=message.at_seconds,
         utterance=message.utterance,
-        timing=_timing(message.timing, arrived_at),
+        timing=timing(message.timing, arrived_at),
     )
