@@ -14,7 +14,7 @@ import pytest
 
 import realtide
 import realtide_client
-from realtide_client.v1 import common_pb2, models_pb2, speech_pb2
+from realtide_client.v1 import common_pb2, models_pb2, speech_pb2, video_pb2
 from tools import generate_stubs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,12 +88,15 @@ def test_every_stream_follows_one_grammar() -> None:
     }
     streams = [
         method
-        for file in (common_pb2, models_pb2, speech_pb2)
+        for file in (common_pb2, models_pb2, speech_pb2, video_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
         if method.client_streaming
     ]
-    assert [method.full_name for method in streams] == ["realtide.v1.Speech.Stream"]
+    assert [method.full_name for method in streams] == [
+        "realtide.v1.Speech.Stream",
+        "realtide.v1.Video.Stream",
+    ]
     for method in streams:
         assert method.server_streaming
         for message, numbers in ((method.input_type, kinds), (method.output_type, answers)):

@@ -21,15 +21,15 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 import realtide
-from realtide.server import logs, models_service, speech_service
+from realtide.server import logs, models, models_service, speech_service, video_service
 from realtide.server.config import ConfigError, ServerConfig
 from realtide.server.health import HealthReporter
 from realtide.server.host import Host
 from realtide.server.interceptor import MetricsInterceptor
 from realtide.server.loading import load_engines
 from realtide.server.metrics import Metrics
-from realtide.server.models import ServedModel, SpeechEngine
-from realtide_client.v1 import models_pb2_grpc, speech_pb2_grpc
+from realtide.server.models import AnyEngine
+from realtide_client.v1 import models_pb2_grpc, speech_pb2_grpc, video_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Server:
         engines: serve these instead of loading `config.models`; those of one model share its queue.
     """
 
-    def __init__(self, config: ServerConfig, engines: Sequence[SpeechEngine] | None = None) -> None:
+    def __init__(self, config: ServerConfig, engines: Sequence[AnyEngine] | None = None) -> None:
         self.config = config
         self.metrics = Metrics(realtide.__version__)
         self.host = Host(config, self.metrics, realtide.__version__)
@@ -74,7 +74,7 @@ class Server:
 
     async def _start(self) -> None:
         for name, engines in (await self._load()).items():
-            model = ServedModel(engines, self.config, self.metrics, self._health.changed)
+            model = models.serve(engines, self.config, self.metrics, self._health.changed)
             self.host.models[name] = model
             model.start()
         if not self.host.models:
@@ -109,8 +109,8 @@ class Server:
             "models": sorted(self.host.models),
         }
 
-    async def _load(self) -> dict[str, list[SpeechEngine]]:
-        found: dict[str, list[SpeechEngine]] = {}
+    async def _load(self) -> dict[str, list[AnyEngine]]:
+        found: dict[str, list[AnyEngine]] = {}
         if self._engines is not None:
             for engine in self._engines:
                 found.setdefault(engine.model, []).append(engine)
@@ -145,9 +145,15 @@ class Server:
             ],
         )
         speech_pb2_grpc.add_SpeechServicer_to_server(speech_service.SpeechService(self.host), self._grpc)
+        video_pb2_grpc.add_VideoServicer_to_server(video_service.VideoService(self.host), self._grpc)
         models_pb2_grpc.add_ModelsServicer_to_server(models_service.ModelsService(self.host), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._grpc)
-        names = (speech_service.SERVICE, models_service.SERVICE, "grpc.health.v1.Health")
+        names = (
+            speech_service.SERVICE,
+            video_service.SERVICE,
+            models_service.SERVICE,
+            "grpc.health.v1.Health",
+        )
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._grpc)
         address = f"{config.host}:{config.port}"
         try:
@@ -216,7 +222,7 @@ class Server:
         await self.stop()
 
 
-async def serve(config: ServerConfig, engines: Sequence[SpeechEngine] | None = None) -> None:
+async def serve(config: ServerConfig, engines: Sequence[AnyEngine] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; a second signal does not wait for sessions.
 
     Writes one JSON line to standard output when the server is ready.

@@ -43,7 +43,7 @@ class ModelConfig(BaseModel):
     bundle: Path = Field(description="Directory of the model bundle.")
     slots: int | None = Field(None, ge=1, le=4096, description="Sessions that can be open at once.")
     max_batch: int | None = Field(None, ge=1, le=4096, description="Most sessions that one step advances.")
-    precision: Literal["fp32", "int8"] | None = Field(None, description="Arithmetic of the weights.")
+    precision: Literal["fp32", "fp16", "int8"] | None = Field(None, description="Arithmetic of the weights.")
     executors: int | None = Field(
         None, ge=1, le=64, description="Executor threads, each with an engine of its own."
     )
@@ -74,10 +74,13 @@ class ServerConfig(BaseModel):
     # What
     models: Annotated[tuple[ModelConfig, ...], NoDecode] = Field((), description="Models to serve.")
     slots: int = Field(64, ge=1, le=4096, description="Sessions that can be open at once, per model.")
+    video_slots: int = Field(
+        4, ge=1, le=4096, description="The same, of models for video: each holds a cache of its own."
+    )
     max_batch: int | None = Field(
         None, ge=1, le=4096, description="Most sessions a step advances; None: all slots."
     )
-    precision: Literal["fp32", "int8"] = Field("fp32", description="Arithmetic of the weights.")
+    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="Arithmetic of the weights.")
     executors: int = Field(
         1, ge=1, le=64, description="Executor threads per model, each with an engine of its own."
     )
@@ -103,16 +106,29 @@ class ServerConfig(BaseModel):
         5.0, ge=0.2, le=600.0, description="Seconds of audio taken in ahead of processing."
     )
     max_pending_events: int = Field(64, ge=4, le=4096, description="Results a client may leave unread.")
+    max_pending_frame_bytes: int = Field(
+        1 << 25,
+        ge=1 << 20,
+        le=1 << 32,
+        description="Raw size of frames a client may leave unread, where it is less than the results.",
+    )
     max_pending_controls: int = Field(
-        16, ge=1, le=256, description="Controls that may await their second receipt."
+        64, ge=1, le=256, description="Controls that may await their second receipt."
     )
     max_control_id_bytes: int = Field(128, ge=8, le=4096, description="Longest control_id and request_id.")
-    max_checkpoint_bytes: int = Field(1 << 21, ge=4096, le=1 << 28, description="Largest checkpoint.")
+    max_checkpoint_bytes: int = Field(1 << 23, ge=4096, le=1 << 28, description="Largest checkpoint.")
     min_checkpoint_interval_ms: int = Field(
         1000, ge=10, le=3_600_000, description="Shortest interval of checkpoints."
     )
     max_phrases: int = Field(1000, ge=0, le=100_000, description="Most boosted phrases of a session.")
     max_phrase_characters: int = Field(100, ge=1, le=10_000, description="Longest boosted phrase.")
+    max_prompt_characters: int = Field(2000, ge=1, le=100_000, description="Longest prompt of a video.")
+    max_video_credit: float = Field(
+        20.0, ge=1.0, le=3600.0, description="Seconds of video that a credit may be ahead of what was sent."
+    )
+    max_video_frames: int = Field(
+        10_000_000, ge=1, le=1 << 53, description="Longest video, in frames; endless ones have no limit."
+    )
     checkpoint_key: str | None = Field(
         None,
         min_length=16,

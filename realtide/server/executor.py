@@ -189,14 +189,15 @@ class Executor:
         Stops as well when input is used up or the client leaves events unread. Media that one step can take
         goes into one step: the more frames it has, the less each costs. Anything else (a control, an export)
         has its place behind the media before it, so it waits until that was worked through. Input beyond the
-        next step stays in the queue: that is where it is bounded.
+        next step stays in the queue: that is where it is bounded. A session that generates its media has none
+        before a control, and takes everything at once.
         """
         while not handle.full():
-            if session.runnable() and (session.full() or not handle.media_next()):
+            if handle.consumes and session.runnable() and (session.full() or not handle.media_next()):
                 return True
             item = handle.take()
             if item is None:
-                return False
+                return not handle.consumes and session.runnable()
             if isinstance(item, Export):
                 self._emit(handle, [Exported(self._export(handle, session), item.tag)])
             else:

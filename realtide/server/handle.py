@@ -88,6 +88,7 @@ class Handle:
         on_released: Callable[[], None],
     ) -> None:
         self.session_id = session_id
+        self.consumes = True  # input has its place behind the media before it; set before `start`
         self._inbox = inbox
         self._ahead = ahead
         self._limit = events

@@ -7,15 +7,19 @@ import asyncio
 from grpc_health.v1 import health_pb2
 from grpc_health.v1._async import HealthServicer
 
-from realtide.server import models_service, speech_service
+from realtide.server import models_service, speech_service, video_service
 from realtide.server.host import Host
+from realtide.server.models import ServedModel, SpeechModel, VideoModel
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class HealthReporter:
-    """Reports Speech NOT_SERVING when no model can take a session at once, and all services when draining.
+    """Reports the health of each service.
+
+    Speech and Video are NOT_SERVING when none of their models can take a session at once, and all services
+    when the server drains.
 
     The server as a whole (service "") stays SERVING when it is merely full, unless `full_is_unhealthy`: a
     full pod is well, and a liveness probe must not kill it. A model whose engine has failed makes the whole
@@ -36,11 +40,17 @@ class HealthReporter:
         models = self._host.models.values()
         draining = self._host.drain_until is not None
         failed = any(model.failed for model in models)
-        free = any(not (model.failed or model.admission.full) for model in models)
-        whole = not draining and not failed and (free or not self._host.config.full_is_unhealthy)
+
+        def free(kind: type[ServedModel]) -> bool:
+            return any(
+                not (model.failed or model.admission.full) for model in models if isinstance(model, kind)
+            )
+
+        healthy = free(ServedModel) or not self._host.config.full_is_unhealthy
         return {
-            "": whole,
-            speech_service.SERVICE: free and not draining,
+            "": not draining and not failed and healthy,
+            speech_service.SERVICE: free(SpeechModel) and not draining,
+            video_service.SERVICE: free(VideoModel) and not draining,
             models_service.SERVICE: not draining,
         }
 

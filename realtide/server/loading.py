@@ -5,20 +5,22 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
 from realtide.bundle import BundleError, resolve
 from realtide.server.config import ConfigError, ModelConfig, ServerConfig
-from realtide.server.models import SpeechEngine
+from realtide.server.models import AnyEngine
 
 # Engine name in the manifest -> module with `load(bundle, *, slots, max_batch, precision, threads,
 # step_latency)`.
-ENGINES = {"ancat": "realtide.engines.ancat.engine"}
+ENGINES = {"ancat": "realtide.engines.ancat.engine", "longlive": "realtide.engines.longlive.engine"}
+# Engines whose sessions are so large that a model has `video_slots` instead of `slots`.
+_LARGE = ("longlive",)
 
 
-def load_engines(model: ModelConfig, config: ServerConfig) -> list[SpeechEngine]:
+def load_engines(model: ModelConfig, config: ServerConfig) -> list[AnyEngine]:
     """Load one engine per executor; together they have the model's slots.
 
     Raises:
@@ -30,9 +32,10 @@ def load_engines(model: ModelConfig, config: ServerConfig) -> list[SpeechEngine]
         raise ConfigError(f"models: {error}") from error
 
 
-def _load(bundle: Path, model: ModelConfig, config: ServerConfig) -> list[SpeechEngine]:
-    load = _loader(bundle)
-    slots = model.slots or config.slots
+def _load(bundle: Path, model: ModelConfig, config: ServerConfig) -> list[AnyEngine]:
+    name = _engine(bundle)
+    load: Callable[..., AnyEngine] = importlib.import_module(ENGINES[name]).load
+    slots = model.slots or (config.video_slots if name in _LARGE else config.slots)
     executors = min(model.executors or config.executors, slots)
     shares = [slots // executors + (index < slots % executors) for index in range(executors)]
     return [
@@ -48,14 +51,14 @@ def _load(bundle: Path, model: ModelConfig, config: ServerConfig) -> list[Speech
     ]
 
 
-def _loader(bundle: Path) -> Callable[..., SpeechEngine]:
-    """Only the engine's name is read here; the engine checks the whole manifest."""
+def _engine(bundle: Path) -> str:
+    """The engine's name. Only that is read here; the engine checks the whole manifest."""
     manifest = bundle / "manifest.yaml"
     try:
         data: Any = yaml.safe_load(manifest.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"models: {manifest} cannot be read: {error}") from None
     name = data.get("engine") if isinstance(data, dict) else None
-    if name not in ENGINES:
+    if not isinstance(name, str) or name not in ENGINES:
         raise ConfigError(f"models: {manifest} needs engine {name!r}, must be one of {', '.join(ENGINES)}")
-    return cast(Callable[..., SpeechEngine], importlib.import_module(ENGINES[name]).load)
+    return name

@@ -8,7 +8,7 @@ session id, a text or a client's address.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,19 +36,49 @@ _STEP = (
     0.25,
     0.5,
     1,
+    2.5,
+    5,
 )
 _DELAY = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.25, 1.5, 2, 3, 5)
 _LOOKAHEAD = (0, 0.04, 0.08, 0.12, 0.16, 0.2, 0.24, 0.32, 0.4, 0.5, 0.64, 0.8, 1, 1.28, 2)
+_FIRST = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10, 20, 30)
+_INTERVAL = (
+    0.002,
+    0.005,
+    0.01,
+    0.015,
+    0.02,
+    0.025,
+    0.03,
+    0.035,
+    0.04,
+    0.05,
+    0.06,
+    0.07,
+    0.08,
+    0.1,
+    0.125,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    0.75,
+    1,
+    2,
+    5,
+)
 _FACTOR = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2)
 _BATCH = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
 _DURATION = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 _BYTES = tuple(float(1 << power) for power in range(10, 27, 2))
 _RESUME = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+_RECACHE = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2.5, 5, 10)
 _LAG = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1)
 _CALL = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
 OUTCOMES = ("ok", "cancelled", "client_error", "server_error", "drained", "resumed_elsewhere")
 REFUSALS = ("queue_full", "queue_timeout", "draining", "failed")
+FRAME_STAGES = ("denoised", "decoded", "delivered")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +87,12 @@ class Occupancy:
 
     active: int  # sessions that hold a slot and are served
     queued: int  # sessions that wait for a slot
-    parked: int  # sessions that hold a slot and are not advanced because their client does not read
+    parked: int  # sessions that hold a slot and are not advanced, or whose engine has put them aside
     capacity: int  # slots
     leaked: int  # slots that are taken though no session holds them
     cache_bytes: int  # preallocated state of all slots
+    # Frames per second of an active session, by stage; empty without one.
+    frame_rates: Mapping[str, float] = field(default_factory=dict)
 
 
 class _AtScrape(Collector):
@@ -77,6 +109,9 @@ class _AtScrape(Collector):
         cache = GaugeMetricFamily(
             "realtide_kv_cache_bytes", "Preallocated state of all slots.", labels=_MODEL
         )
+        rates = GaugeMetricFamily(
+            "realtide_fps", "Frames per second of an active session.", labels=(*_MODEL, "stage")
+        )
         for labels, read in list(self.sources.items()):
             now = read()
             for state in ("active", "queued", "parked"):
@@ -84,11 +119,13 @@ class _AtScrape(Collector):
             capacity.add_metric(labels, now.capacity)
             leaked.add_metric(labels, now.leaked)
             cache.add_metric(labels, now.cache_bytes)
+            for stage, rate in now.frame_rates.items():
+                rates.add_metric((*labels, stage), rate)
         memory = GaugeMetricFamily(
             "realtide_device_memory_bytes", "Memory in use, by kind.", labels=("kind",)
         )
         memory.add_metric(("host_resident",), resident_bytes())
-        yield from (sessions, capacity, leaked, cache, memory)
+        yield from (sessions, capacity, leaked, cache, rates, memory)
 
 
 def resident_bytes() -> int:
@@ -150,6 +187,17 @@ class Metrics:
         self.real_time_factor = histogram(
             "real_time_factor", "Executor time per second of audio, by session.", _FACTOR
         )
+        self.frames = counter("frames", "Frames of video that passed a stage.", "stage")
+        self.first_frame = histogram(
+            "first_frame_seconds", "From open, or the first credit after it, to the first frame.", _FIRST
+        )
+        self.frame_interval = histogram(
+            "frame_interval_seconds", "Time between frames while the client waits for them.", _INTERVAL
+        )
+        self.prompt_switch = histogram(
+            "prompt_switch_seconds", "From a prompt wanted now to the first frame that shows it.", _FIRST
+        )
+        self.recache = histogram("recache_seconds", "Making a cache follow a new prompt.", _RECACHE)
         self.model_load = gauge("model_load_seconds", "Time that loading the model took.")
         self.model_info = gauge("model_info", "1.", "version", "backend", "precision", "device")
         self.build_info = Gauge("realtide_build_info", "1.", ("version", "python"), registry=self.registry)
@@ -234,6 +282,10 @@ class ModelMetrics:
     def audio(self, seconds: float) -> None:
         """Audio arrived."""
         self._audio.inc(seconds)
+
+    def frames(self, stage: str, count: int) -> None:
+        """Frames of video passed `stage`, one of FRAME_STAGES."""
+        self.metrics.frames.labels(self.engine, self.model, stage).inc(count)
 
     def on_stage(self, stage: str, seconds: float, batch: int) -> None:
         """Executor: a stage of a step took `seconds`."""

@@ -1,22 +1,28 @@
-"""The models a server serves: engines with their executors, admission and description."""
+"""The models a server serves: engines with their executors, admission and description, of every kind."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import ClassVar, Protocol, TypeVar
 
 from realtide.engines.engine import Engine, Session
+from realtide.engines.longlive.types import VideoModelInfo
 from realtide.server.admission import Admission, Lease, Refused
 from realtide.server.config import ServerConfig
 from realtide.server.executor import Executor
 from realtide.server.handle import Handle
 from realtide.server.metrics import Metrics, Occupancy
-from realtide.server.status import invalid, no_model, refused
+from realtide.server.status import invalid, misfit, no_model, refused
+from realtide.server.video_meter import FrameRates
+
+# However large frames are, so many events may wait.
+_LEAST_EVENTS = 4
 
 
-class SpeechInfo(Protocol):
-    """What an engine for speech says of its model, as its attribute `info`; every value is the bundle's."""
+class ModelInfo(Protocol):
+    """What every engine says of its model, as its attribute `info`; every value is the bundle's."""
 
     @property
     def version(self) -> str:
@@ -42,6 +48,10 @@ class SpeechInfo(Protocol):
     def license(self) -> str:
         """SPDX expression of the weights' licence."""
         ...
+
+
+class SpeechInfo(ModelInfo, Protocol):
+    """What an engine for speech says of its model."""
 
     @property
     def language_codes(self) -> tuple[str, ...]:
@@ -108,31 +118,48 @@ class SpeechEngine(Engine, Protocol):
         ...
 
 
+class VideoEngine(Engine, Protocol):
+    """An engine that serves Video.Stream with the inputs and events of `realtide.engines.longlive.types`."""
+
+    @property
+    def info(self) -> VideoModelInfo:
+        """What is known of the model."""
+        ...
+
+
+AnyEngine = SpeechEngine | VideoEngine
+
+
 class ServedModel:
     """One model: engines that are alike, an executor for each, one queue in front of all.
 
     Args:
         engines: at least one; all of the same model.
+        info: what they say of it.
         config: limits.
         metrics: the server's.
+        events: events that a session's client may leave unread.
         on_change: called when the model's occupancy or state changed.
     """
 
+    kind: ClassVar[str]
+    """What the model makes or understands, for people."""
+
     def __init__(
         self,
-        engines: Sequence[SpeechEngine],
+        engines: Sequence[Engine],
+        info: ModelInfo,
         config: ServerConfig,
         metrics: Metrics,
+        events: int,
         on_change: Callable[[], None],
     ) -> None:
         self.name = engines[0].model
         self.engine_name = engines[0].name
-        self.info = engines[0].info
         self.max_batch = engines[0].max_batch
         self.metrics = metrics.for_model(self.engine_name, self.name)
         self.executors = [
-            Executor(engine, self.metrics, config.max_audio_ahead, config.max_pending_events, on_change)
-            for engine in engines
+            Executor(engine, self.metrics, config.max_audio_ahead, events, on_change) for engine in engines
         ]
         self._held = dict.fromkeys(self.executors, 0)
         slots = sum(executor.slots for executor in self.executors)
@@ -141,11 +168,16 @@ class ServedModel:
         metrics.model_info.labels(
             self.engine_name,
             self.name,
-            self.info.version,
-            self.info.backend,
-            self.info.precision,
-            self.info.device,
+            info.version,
+            info.backend,
+            info.precision,
+            info.device,
         ).set(1)
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is known of the model."""
+        raise NotImplementedError
 
     @property
     def failed(self) -> bool:
@@ -207,18 +239,104 @@ class ServedModel:
         )
 
 
-def select(models: Mapping[str, ServedModel], name: str, field: str) -> ServedModel:
-    """The model called `name`; with an empty name the only one.
+class SpeechModel(ServedModel):
+    """A model that recognizes speech."""
+
+    kind = "speech"
+
+    def __init__(
+        self,
+        engines: Sequence[SpeechEngine],
+        config: ServerConfig,
+        metrics: Metrics,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._info = engines[0].info
+        super().__init__(engines, self._info, config, metrics, config.max_pending_events, on_change)
+
+    @property
+    def info(self) -> SpeechInfo:
+        """What is known of the model."""
+        return self._info
+
+
+class VideoModel(ServedModel):
+    """A model that generates video."""
+
+    kind = "video"
+
+    def __init__(
+        self,
+        engines: Sequence[VideoEngine],
+        config: ServerConfig,
+        metrics: Metrics,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._info = engines[0].info
+        # An event may be a raw frame: what counts is their memory.
+        frame = max(3 * width * height for width, height in self._info.sizes)
+        events = min(max(config.max_pending_frame_bytes // frame, _LEAST_EVENTS), config.max_pending_events)
+        self.rates = FrameRates()
+        super().__init__(engines, self._info, config, metrics, events, on_change)
+
+    @property
+    def info(self) -> VideoModelInfo:
+        """What is known of the model."""
+        return self._info
+
+    def occupancy(self) -> Occupancy:
+        """For the metrics; called from the scraping thread."""
+        return replace(super().occupancy(), frame_rates=self.rates.read())
+
+
+def serve(
+    engines: Sequence[AnyEngine], config: ServerConfig, metrics: Metrics, on_change: Callable[[], None]
+) -> ServedModel:
+    """The model of `engines`, which are alike, as its kind is served."""
+    video: list[VideoEngine] = []
+    speech: list[SpeechEngine] = []
+    for engine in engines:
+        if isinstance(engine.info, VideoModelInfo):
+            video.append(engine)
+        else:
+            speech.append(engine)
+    if video:
+        return VideoModel(video, config, metrics, on_change)
+    return SpeechModel(speech, config, metrics, on_change)
+
+
+Kind = TypeVar("Kind", bound=ServedModel)
+
+
+def select(models: Mapping[str, ServedModel], kind: type[Kind], name: str, field: str) -> Kind:
+    """The model called `name`; with an empty name the only one of its kind.
 
     Raises:
-        StatusError: NOT_FOUND; INVALID_ARGUMENT if there are several and none is named.
+        StatusError: NOT_FOUND; INVALID_ARGUMENT if it is of another kind, or if there are several and none is
+            named.
     """
+    fitting = {model.name: model for model in models.values() if isinstance(model, kind)}
+    known = ", ".join(sorted(fitting)) or "none is served here"
     if name:
         if name not in models:
-            raise no_model(name, sorted(models))
-        return models[name]
-    if not models:
+            raise no_model(name, sorted(fitting))
+        if name not in fitting:
+            raise invalid(field, f"{name!r} is a {models[name].kind} model, {kind.kind} models: {known}")
+        return fitting[name]
+    if not fitting:
         raise no_model("", [])
-    if len(models) > 1:
-        raise invalid(field, f"must be one of {', '.join(sorted(models))}")
-    return next(iter(models.values()))
+    if len(fitting) > 1:
+        raise invalid(field, f"must be one of {known}")
+    return next(iter(fitting.values()))
+
+
+def of_checkpoint(models: Mapping[str, ServedModel], kind: type[Kind], name: str) -> Kind:
+    """The model that a checkpoint says it is of.
+
+    Raises:
+        StatusError: FAILED_PRECONDITION, it is not served or of another kind.
+    """
+    model = models.get(name)
+    if not isinstance(model, kind):
+        raise misfit(f"of model {name}, which is no {kind.kind} model of this server")
+    return model

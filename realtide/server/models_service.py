@@ -6,14 +6,15 @@ from typing import Any
 
 import grpc
 
+from realtide.engines.longlive.types import VideoModelInfo
+from realtide.server import speech_fields, video_fields
 from realtide.server.audio import BYTES
 from realtide.server.host import Host
-from realtide.server.models import ServedModel
+from realtide.server.models import ServedModel, SpeechInfo, SpeechModel, VideoModel
 from realtide.server.sessions import limits
-from realtide.server.speech_fields import Fields
 from realtide.server.status import StatusError, invalid, no_model
 from realtide_client.v1 import models_pb2 as pb
-from realtide_client.v1 import models_pb2_grpc, speech_pb2
+from realtide_client.v1 import models_pb2_grpc, speech_pb2, video_pb2
 
 SERVICE = "realtide.v1.Models"
 
@@ -53,8 +54,7 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
             state = pb.MODEL_STATE_FAILED
         elif admission.draining:
             state = pb.MODEL_STATE_DRAINING
-        fields = Fields(info, self._host.config)
-        return pb.Model(
+        described = pb.Model(
             name=model.name,
             version=info.version,
             engine=model.engine_name,
@@ -71,14 +71,34 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
                 max_batch=model.max_batch,
             ),
             limits=limits(self._host.config),
-            speech=pb.SpeechModel(
-                language_codes=info.language_codes,
-                model_sample_rate_hz=info.sample_rate,
-                encodings=[speech_pb2.AudioEncoding.ValueType(encoding) for encoding in BYTES],
-                frame_seconds=info.frame_seconds,
-                front_end_lookahead_ms=info.front_end_lookahead_ms,
-                max_lookahead_ms=info.max_lookahead_ms,
-                default_options=fields.options(speech_pb2.SpeechOptions(), "options"),
-                limits=fields.limits(),
-            ),
+        )
+        if isinstance(model, SpeechModel):
+            described.speech.CopyFrom(self._speech(model.info))
+        if isinstance(model, VideoModel):
+            described.video.CopyFrom(self._video(model.info))
+        return described
+
+    def _speech(self, info: SpeechInfo) -> pb.SpeechModel:
+        fields = speech_fields.Fields(info, self._host.config)
+        return pb.SpeechModel(
+            language_codes=info.language_codes,
+            model_sample_rate_hz=info.sample_rate,
+            encodings=[speech_pb2.AudioEncoding.ValueType(encoding) for encoding in BYTES],
+            frame_seconds=info.frame_seconds,
+            front_end_lookahead_ms=info.front_end_lookahead_ms,
+            max_lookahead_ms=info.max_lookahead_ms,
+            default_options=fields.options(speech_pb2.SpeechOptions(), "options"),
+            limits=fields.limits(),
+        )
+
+    def _video(self, info: VideoModelInfo) -> pb.VideoModel:
+        fields = video_fields.Fields(info, self._host.config)
+        return pb.VideoModel(
+            sizes=[pb.VideoSize(width=width, height=height) for width, height in info.sizes],
+            encodings=[video_pb2.VideoEncoding.ValueType(encoding) for encoding in video_fields.ENCODINGS],
+            frames_per_second=info.frames_per_second,
+            block_frames=info.block,
+            first_block_frames=info.first_block,
+            session_bytes=info.session_bytes,
+            limits=fields.limits(info.frames_per_second),
         )

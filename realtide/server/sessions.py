@@ -2,8 +2,8 @@
 
 A session is two tasks: one reads the client and feeds the engine's queue, one writes what comes out.
 Everything that goes to the client, receipts too, takes the one way through the queue of events, so that its
-order is the order in which it happened. A kind of stream (speech_service.py) adds what its media, controls
-and results are.
+order is the order in which it happened. A kind of stream (speech_service.py, video_service.py) adds what its
+media, controls and results are.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class _Wish:
     request_id: str = ""
     asked: bool = True  # by the client or its interval: counts against _EXPORTS
     going_away: float | None = None  # seconds that are left
+    periodic: bool = False
     last: bool = False
 
 
@@ -76,11 +77,13 @@ class StreamSession(ABC):
 
     service: ClassVar[str]
     response: ClassVar[Callable[..., Message]]
+    consumes: ClassVar[bool] = True
+    """Whether media comes from the client; otherwise the client gives credit and the media is generated."""
 
     def __init__(self, host: Host, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         self.host = host
         self.config = host.config
-        self.received = 0  # position after the last media unit received
+        self.received = 0  # position after the last media unit received; of generated media, the credit
         self.processed = 0  # position after the last one that was processed
         self.opened_at = 0.0
         self._context = context
@@ -97,6 +100,7 @@ class StreamSession(ABC):
         self._exports = asyncio.Semaphore(_EXPORTS)
         self._next_checkpoint: int | None = None
         self._checkpoint_units = 0
+        self._periodic = False  # a periodic checkpoint is under way
         self._going_away = False
 
     # -- what a kind of stream adds ----------------------------------------------------------------------
@@ -115,7 +119,7 @@ class StreamSession(ABC):
 
     @abstractmethod
     async def on_media(self, request: Any) -> None:
-        """Check a media message (raises StatusError), advance `received` and `put` it."""
+        """Check a media message or a credit (raises StatusError), advance `received` and `put` it."""
 
     @abstractmethod
     def on_control(self, control: Any) -> tuple[Any, Callable[[], None]]:
@@ -135,18 +139,45 @@ class StreamSession(ABC):
 
     @property
     @abstractmethod
-    def rate(self) -> int:
+    def rate(self) -> float:
         """Media units per second."""
 
     @abstractmethod
     def on_close(self, busy: float) -> None:
         """The session is over; its steps took `busy` seconds."""
 
+    # -- what a kind that generates its media changes -----------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """Position that a control is accepted at: what has been received."""
+        return self.received
+
+    def covered(self, fed: int) -> int:
+        """First media unit that an exported state does not cover; the engine had been fed up to `fed`."""
+        return fed
+
+    def waiting_since(self, reading: float) -> float | None:
+        """Since when the client is expected to send, if it is being read since `reading`; None: it is not."""
+        return reading
+
+    async def too_many_controls(self) -> None:
+        """As many controls as may await their receipt do: wait until one has it, or raise StatusError."""
+        self._control_room.clear()
+        await self._control_room.wait()
+
     # -- for those kinds ---------------------------------------------------------------------------------
 
     async def put(self, item: Any, units: int = 0, seconds: float = 0.0) -> None:
         """Queue input for the engine; waits while too much is queued."""
         await self.handle.put(item, units, seconds)
+
+    def advanced(self, position: int) -> None:
+        """Generated media up to `position` has been sent: ask for a periodic checkpoint where it is time."""
+        if self._next_checkpoint is not None and position >= self._next_checkpoint and not self._periodic:
+            self._next_checkpoint = position + self._checkpoint_units
+            self._periodic = True
+            self.handle.put_now(Export(_Wish(asked=False, periodic=True)))
 
     @property
     def handle(self) -> Handle:
@@ -232,6 +263,7 @@ class StreamSession(ABC):
             plan.model.metrics.refused("failed")
             raise status.refused(Refused("failed", None)) from None
         self._handle = handle
+        handle.consumes = self.consumes
         self.opened_at = time.monotonic()
         self.received = self.processed = plan.start
         plan.model.metrics.opened()
@@ -317,7 +349,7 @@ class StreamSession(ABC):
         log.info("session opened", extra={"model": plan.model.name, "resumed": plan.resumed})
         self._plan_in_force = plan
         if plan.checkpoint_interval:
-            self._checkpoint_units = max(plan.checkpoint_interval * self.rate // 1000, 1)
+            self._checkpoint_units = max(int(plan.checkpoint_interval * self.rate / 1000), 1)
             self._next_checkpoint = plan.start + self._checkpoint_units
         handle.inject(self.response(opened=self.opened(common)))
         handle.start()
@@ -370,7 +402,7 @@ class StreamSession(ABC):
             await self._finish()
         else:
             await self.on_media(request)
-            if self._next_checkpoint is not None and self.received >= self._next_checkpoint:
+            if self.consumes and self._next_checkpoint is not None and self.received >= self._next_checkpoint:
                 self._next_checkpoint = self.received + self._checkpoint_units
                 await self._ask_checkpoint("")
 
@@ -388,10 +420,9 @@ class StreamSession(ABC):
             raise invalid("control.control_id", f"{control_id!r} awaits its `applied` receipt already")
         item, on_applied = self.on_control(control)
         while len(self._controls) >= self.config.max_pending_controls:
-            self._control_room.clear()
-            await self._control_room.wait()
+            await self.too_many_controls()
         self._controls[control_id] = _Control(received, on_applied)
-        receipt = common_pb2.ControlAccepted(control_id=control_id, position=self.received)
+        receipt = common_pb2.ControlAccepted(control_id=control_id, position=self.position)
         self.handle.inject(self.response(accepted=receipt))
         await self.put(item)
 
@@ -430,7 +461,7 @@ class StreamSession(ABC):
 
     async def _on_exported(self, exported: Exported, position: int) -> None:
         wish: _Wish = exported.tag
-        sealed = self._seal(exported.state, position)
+        sealed = self._seal(exported.state, self.covered(position))
         if sealed is not None:
             sealed.request_id = wish.request_id
         if wish.going_away is not None:
@@ -444,6 +475,8 @@ class StreamSession(ABC):
             await self._send(self.response(checkpoint=sealed))
         if wish.asked:
             self._exports.release()
+        if wish.periodic:
+            self._periodic = False
         if wish.last:
             raise _gone()
         if sealed is None and wish.request_id:
@@ -478,8 +511,9 @@ class StreamSession(ABC):
             return
         now = time.monotonic()
         wait = limit
+        reading = None if self._reading_since is None else self.waiting_since(self._reading_since)
         for since, what in (
-            (self._reading_since, "nothing came from the client"),
+            (reading, "nothing came from the client"),
             (self._writing_since, "the client did not read"),
         ):
             if since is not None:
@@ -521,6 +555,20 @@ async def _cancelled(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def checkpoint_interval(given: common_pb2.SessionOptions, config: ServerConfig, path: str) -> int:
+    """The interval in milliseconds of media; 0: none.
+
+    Raises:
+        StatusError: INVALID_ARGUMENT, it is too short.
+    """
+    interval, least = given.checkpoint_interval_ms, config.min_checkpoint_interval_ms
+    if 0 < interval < least:
+        raise invalid(
+            f"{path}.checkpoint_interval_ms", f"{interval}, must be 0 (none) or at least {least} ms"
+        )
+    return interval
 
 
 def new_session_id() -> str:

@@ -13,8 +13,8 @@ from realtide.engines.ancat import types
 from realtide.server import checkpoint
 from realtide.server.audio import decode, pieces
 from realtide.server.host import Host
-from realtide.server.models import ServedModel, select
-from realtide.server.sessions import Plan, StreamSession, new_session_id
+from realtide.server.models import SpeechModel, of_checkpoint, select
+from realtide.server.sessions import Plan, StreamSession, checkpoint_interval, new_session_id
 from realtide.server.speech_fields import Fields, engine_options
 from realtide.server.speech_meter import SpeechMeter
 from realtide.server.status import invalid, misfit
@@ -79,13 +79,10 @@ class SpeechSession(StreamSession):
 
     def plan_open(self, message: pb.SpeechOpen) -> Plan:
         """Check every choice of the session."""
-        model = select(self.host.models, message.session.model, "open.session.model")
+        model = select(self.host.models, SpeechModel, message.session.model, "open.session.model")
         fields = Fields(model.info, self.config)
         fields.audio(message.audio, "open.audio")
-        interval, least = message.session.checkpoint_interval_ms, self.config.min_checkpoint_interval_ms
-        if 0 < interval < least:
-            problem = f"{interval}, must be 0 (none) or at least {least} ms"
-            raise invalid("open.session.checkpoint_interval_ms", problem)
+        interval = checkpoint_interval(message.session, self.config, "open.session")
         self._audio = message.audio
         self._options = fields.options(message.options, "open.options")
         options = engine_options(self._audio, self._options)
@@ -99,7 +96,7 @@ class SpeechSession(StreamSession):
             setup.ParseFromString(header.setup)
         except DecodeError:
             raise misfit("damaged setup") from None
-        model = self.host.models[header.model]
+        model = of_checkpoint(self.host.models, SpeechModel, header.model)
         fields = Fields(model.info, self.config)
         fields.audio(setup.audio, "resume.checkpoint")
         self._audio, self._options = setup.audio, setup.options
@@ -108,7 +105,7 @@ class SpeechSession(StreamSession):
         return self._plan_for(model, lambda engine: engine.restore(state, options), header)
 
     def _plan_for(
-        self, model: ServedModel, make: Callable[[Any], Any], resumed: checkpoint.Header | None
+        self, model: SpeechModel, make: Callable[[Any], Any], resumed: checkpoint.Header | None
     ) -> Plan:
         start = 0 if resumed is None else resumed.position
         self._fields = Fields(model.info, self.config)

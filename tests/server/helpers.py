@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 
 from realtide.server.app import Server
 from realtide.server.config import ServerConfig
+from realtide.server.models import AnyEngine
 from realtide_client.v1 import common_pb2, speech_pb2, speech_pb2_grpc
 from tests.server.engine import BurstEngine
 
@@ -32,30 +33,18 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class Running:
-    """A server, its engine and a channel to it."""
+class Live:
+    """A server, an engine of it and a channel to it."""
 
-    def __init__(self, server: Server, engine: BurstEngine, channel: grpc.aio.Channel) -> None:
+    def __init__(self, server: Server, engine: Any, channel: grpc.aio.Channel) -> None:
         self.server = server
         self.engine = engine
         self.channel = channel
-        self.speech: Any = speech_pb2_grpc.SpeechStub(channel)
-
-    def stream(self, **options: Any) -> Any:
-        return self.speech.Stream(**options)
-
-    async def opened(self, **options: Any) -> Any:
-        """A stream that has been opened."""
-        call = self.stream()
-        await call.write(opening(**options))
-        response = await call.read()
-        assert response.WhichOneof("message") == "opened", response
-        return call
 
     def metric(self, name: str, **labels: str) -> float:
         """A sample's value; 0 if it does not exist."""
         value = self.server.metrics.registry.get_sample_value(
-            name, {"engine": "bursts-engine", "model": "bursts", **labels}
+            name, {"engine": self.engine.name, "model": self.engine.model, **labels}
         )
         return value or 0.0
 
@@ -71,16 +60,43 @@ class Running:
         assert self.metric("realtide_slots_leaked") == 0
 
 
+class Running(Live):
+    """A server of speech."""
+
+    engine: BurstEngine
+
+    def stream(self, **options: Any) -> Any:
+        stub: Any = speech_pb2_grpc.SpeechStub(self.channel)
+        return stub.Stream(**options)
+
+    async def opened(self, **options: Any) -> Any:
+        """A stream that has been opened."""
+        call = self.stream()
+        await call.write(opening(**options))
+        response = await call.read()
+        assert response.WhichOneof("message") == "opened", response
+        return call
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    engines: Sequence[AnyEngine], **settings: Any
+) -> AsyncIterator[tuple[Server, grpc.aio.Channel]]:
+    """Start a server around `engines` and connect to it."""
+    async with Server(ServerConfig(**(DEFAULTS | settings)), engines) as server:
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=options) as channel:
+            yield server, channel
+
+
 @contextlib.asynccontextmanager
 async def running(
-    engine: BurstEngine | None = None, more: Sequence[BurstEngine] = (), **settings: Any
+    engine: BurstEngine | None = None, more: Sequence[AnyEngine] = (), **settings: Any
 ) -> AsyncIterator[Running]:
     """Start a server around `engine`."""
     engine = engine or BurstEngine()
-    async with Server(ServerConfig(**(DEFAULTS | settings)), [engine, *more]) as server:
-        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=options) as channel:
-            yield Running(server, engine, channel)
+    async with connected([engine, *more], **settings) as (server, channel):
+        yield Running(server, engine, channel)
 
 
 async def until(condition: Any, seconds: float = 10.0) -> None:

@@ -130,7 +130,7 @@ def test_bundles_that_cannot_be_served(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=str(tmp_path)):  # the engine itself misses the rest
         load_engines(ModelConfig(bundle=tmp_path), ServerConfig())
     (tmp_path / "manifest.yaml").write_text("engine: steam\n")
-    with pytest.raises(ConfigError, match="needs engine 'steam', must be one of ancat"):
+    with pytest.raises(ConfigError, match="needs engine 'steam', must be one of ancat, longlive"):
         load_engines(ModelConfig(bundle=tmp_path), ServerConfig())
 
 
@@ -154,6 +154,12 @@ def test_loading_shares_the_slots_among_executors(tmp_path: Path, monkeypatch: p
     seen.clear()
     load_engines(ModelConfig(bundle=tmp_path, slots=1, precision="fp32"), config)
     assert [(one["slots"], one["precision"]) for one in seen] == [(1, "fp32")]
+    seen.clear()
+    (tmp_path / "manifest.yaml").write_text("engine: longlive\n")
+    load_engines(ModelConfig(bundle=tmp_path), config)
+    load_engines(ModelConfig(bundle=tmp_path, slots=9), config)
+    # A session of video is large: other numbers are the default.
+    assert [one["slots"] for one in seen] == [2, 1, 1, 3, 3, 3]
 
 
 async def test_stopping_twice_and_without_a_start() -> None:

@@ -18,6 +18,8 @@ from realtide.server.speech_meter import SpeechMeter
 from realtide_client.v1 import common_pb2, models_pb2, models_pb2_grpc
 from tests.server.engine import BurstEngine, pcm16, quiet, tone
 from tests.server.helpers import Request, audio, failure, finish, opening, responses, running, until
+from tests.server.video_engine import ClipEngine
+from tests.server.video_helpers import Clips, credit, finishing, prompting, until_frame
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| ([\w, ]*)\| .+ \|$")
@@ -49,10 +51,21 @@ async def busy(server: Any) -> None:
     bad = server.stream()
     await bad.write(opening(rate=1))
     await failure(bad)
+    await film(Clips(server.server, ClipEngine(), server.channel))
+
+
+async def film(server: Clips) -> None:
+    """The same for video: frames, and a prompt that changes while they come."""
+    call = await server.opened(credit=5)
+    await until_frame(call, 5)
+    await call.write(prompting("p", "another"))
+    await call.write(credit(9))
+    await call.write(finishing())
+    await responses(call)
 
 
 async def test_the_documented_metrics_are_the_exposed_ones() -> None:
-    async with running(metrics_enabled=True) as server:
+    async with running(more=[ClipEngine()], metrics_enabled=True) as server:
         server.server.metrics.model_load.labels("bursts-engine", "bursts").set(0.1)
         await busy(server)
         await until(lambda: server.metric("realtide_sessions_closed_total", outcome="ok") == 2)

@@ -24,8 +24,10 @@ from tests.server.helpers import (
     until,
     violation,
 )
+from tests.server.video_engine import ClipEngine
+from tests.server.video_helpers import H264, JPEG, RAW, Clips, clips
 
-SPEECH, MODELS = "realtide.v1.Speech", "realtide.v1.Models"
+SPEECH, VIDEO, MODELS = "realtide.v1.Speech", "realtide.v1.Video", "realtide.v1.Models"
 SERVING, NOT_SERVING = 1, 2
 
 
@@ -35,7 +37,7 @@ async def health(server: Running, service: str) -> int:
 
 
 async def becomes(server: Running, **wanted: int) -> None:
-    names = {"whole": "", "speech": SPEECH, "models": MODELS}
+    names = {"whole": "", "speech": SPEECH, "video": VIDEO, "models": MODELS}
     async with asyncio.timeout(10):
         while {name: await health(server, names[name]) for name in wanted} != wanted:
             await asyncio.sleep(0.005)
@@ -44,7 +46,7 @@ async def becomes(server: Running, **wanted: int) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 async def test_health_follows_slots_and_drain(strict: bool) -> None:
     async with running(BurstEngine(slots=2), full_is_unhealthy=strict, drain_seconds=5.0) as server:
-        await becomes(server, whole=SERVING, speech=SERVING, models=SERVING)
+        await becomes(server, whole=SERVING, speech=SERVING, video=NOT_SERVING, models=SERVING)
         calls = [await server.opened()]
         await becomes(server, speech=SERVING)
         calls.append(await server.opened())
@@ -56,6 +58,19 @@ async def test_health_follows_slots_and_drain(strict: bool) -> None:
         await calls[0].write(finish())
         await responses(calls[0])
         await becomes(server, whole=NOT_SERVING, speech=NOT_SERVING)  # a free slot does not end a drain
+
+
+async def test_each_kind_of_model_has_its_own_health() -> None:
+    async with running(BurstEngine(slots=1), more=[ClipEngine(slots=1)], full_is_unhealthy=True) as server:
+        await becomes(server, whole=SERVING, speech=SERVING, video=SERVING)
+        video = Clips(server.server, ClipEngine(), server.channel)
+        clip = await video.opened()
+        await becomes(server, whole=SERVING, speech=SERVING, video=NOT_SERVING)
+        speech = await server.opened()
+        await becomes(server, whole=NOT_SERVING, speech=NOT_SERVING, video=NOT_SERVING)
+        clip.cancel()
+        await becomes(server, whole=SERVING, speech=NOT_SERVING, video=SERVING)
+        speech.cancel()
 
 
 async def test_a_failed_engine_is_unhealthy_and_refuses() -> None:
@@ -92,9 +107,10 @@ async def test_reflection_lists_the_services() -> None:
         await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         reply = await call.read()
         names = {one.name for one in reply.list_services_response.service}
-        assert names >= {SPEECH, MODELS, "grpc.health.v1.Health"}
-        await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=SPEECH))
-        assert (await call.read()).file_descriptor_response.file_descriptor_proto
+        assert names >= {SPEECH, VIDEO, MODELS, "grpc.health.v1.Health"}
+        for service in (SPEECH, VIDEO):
+            await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=service))
+            assert (await call.read()).file_descriptor_response.file_descriptor_proto
         await call.done_writing()
         assert await call.read() is EOF
 
@@ -121,6 +137,21 @@ async def test_models_are_listed_and_described() -> None:
         assert speech.default_options.endpointing.final_silence_ms == 800
         assert speech.limits.max_beam == 8
         call.cancel()
+
+
+async def test_video_models_are_described() -> None:
+    async with clips(more=[BurstEngine()], max_video_credit=2.0) as server:
+        stub: Any = models_pb2_grpc.ModelsStub(server.channel)
+        listed = await stub.ListModels(models_pb2.ListModelsRequest())
+        assert [model.WhichOneof("kind") for model in listed.models] == ["speech", "video"]
+        model = listed.models[1]
+        assert (model.name, model.engine, model.capacity.slots) == ("clips", "clips-engine", 4)
+        video = model.video
+        assert [(size.width, size.height) for size in video.sizes] == [(32, 16), (16, 16)]
+        assert list(video.encodings) == [RAW, JPEG, H264]
+        assert (video.frames_per_second, video.first_block_frames, video.block_frames) == (16.0, 3, 4)
+        assert video.session_bytes == 12345
+        assert (video.limits.max_credit_frames, video.limits.max_prompt_tokens) == (32, 8)
 
 
 async def test_describing_what_is_not_there() -> None:

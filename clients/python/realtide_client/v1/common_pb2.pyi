@@ -184,7 +184,10 @@ class Limits(_message.Message):
     max_message_bytes: _builtins.int
     """Largest message that the server takes, in bytes. A larger one ends the stream with RESOURCE_EXHAUSTED."""
     idle_timeout_seconds: _builtins.float
-    """Longest time without any message from the client, in seconds; then DEADLINE_EXCEEDED. 0: no limit."""
+    """Longest time without any message from the client, in seconds; then DEADLINE_EXCEEDED. 0: no limit. Where the server
+    generates media the time counts only while it waits for the client: the credit is used up, or the session is
+    paused. A credit again is a sign of life.
+    """
     max_duration_seconds: _builtins.float
     """Longest session, in seconds of wall-clock time since it opened; then DEADLINE_EXCEEDED. 0: no limit."""
     max_checkpoint_bytes: _builtins.int
@@ -192,7 +195,9 @@ class Limits(_message.Message):
     min_checkpoint_interval_ms: _builtins.int
     """Shortest interval between checkpoints, in milliseconds of media."""
     max_pending_controls: _builtins.int
-    """Most controls that may await their `applied` receipt. One more is not read before one of them is applied."""
+    """Most controls that may await their `applied` receipt. One more is not read before one of them is applied; where the
+    server generates media it is INVALID_ARGUMENT, because the credit behind it could not be read either.
+    """
     max_control_id_bytes: _builtins.int
     """Longest `control_id` and `request_id`, in bytes of UTF-8; longer: INVALID_ARGUMENT."""
     def __init__(
@@ -228,7 +233,7 @@ class ControlAccepted(_message.Message):
     """The control's own id."""
     position: _builtins.int
     """Position after the last media unit received before the control: the control takes effect no earlier than the first
-    media unit that had not been processed when the control was read.
+    media unit that had not been processed when the control was read. Of generated media: the number of units sent.
     """
     def __init__(
         self,

@@ -32,7 +32,8 @@ class _VideoEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VideoEn
     """A JPEG image. One frame a message."""
     VIDEO_ENCODING_H264_FMP4: _VideoEncoding.ValueType  # 3
     """H.264 in fragmented MP4 (ISO BMFF): an initialization segment once, then a fragment (`moof`, `mdat`) a message.
-    Written one after the other they are a file that plays; a browser takes them as a Media Source.
+    Written one after the other they are a file that plays; a browser takes them as a Media Source. Colour is BT.709 with
+    half the resolution (4:2:0), so an odd width or height grows by a copy of the last column or row.
     """
 
 class VideoEncoding(_VideoEncoding, metaclass=_VideoEncodingEnumTypeWrapper):
@@ -46,7 +47,8 @@ VIDEO_ENCODING_JPEG: VideoEncoding.ValueType  # 2
 """A JPEG image. One frame a message."""
 VIDEO_ENCODING_H264_FMP4: VideoEncoding.ValueType  # 3
 """H.264 in fragmented MP4 (ISO BMFF): an initialization segment once, then a fragment (`moof`, `mdat`) a message.
-Written one after the other they are a file that plays; a browser takes them as a Media Source.
+Written one after the other they are a file that plays; a browser takes them as a Media Source. Colour is BT.709 with
+half the resolution (4:2:0), so an odd width or height grows by a copy of the last column or row.
 """
 Global___VideoEncoding: _TypeAlias = VideoEncoding  # noqa: Y015
 
@@ -248,7 +250,7 @@ class VideoOptions(_message.Message):
     jpeg_quality: _builtins.int
     """JPEG's quality, 1 to 100. Default: 90. INVALID_ARGUMENT with another encoding."""
     h264_crf: _builtins.int
-    """H.264's constant rate factor, 0 (lossless) to 51. Default: 20. INVALID_ARGUMENT with another encoding."""
+    """H.264's constant rate factor, 0 (nothing lost but the colour's resolution) to 51. Default: 20. INVALID_ARGUMENT with another encoding."""
     def __init__(
         self,
         *,
@@ -507,7 +509,7 @@ class VideoFrames(_message.Message):
     position: _builtins.int
     """Index of the first frame."""
     count: _builtins.int
-    """Number of frames: 1, but for H.264 fragments."""
+    """Number of frames: 1, but for H.264 fragments, which are at most a quarter of a second long."""
     data: _builtins.bytes
     """The frames in the session's encoding."""
     initialization: _builtins.bytes
