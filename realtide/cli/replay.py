@@ -46,8 +46,8 @@ def command(
     (torch) or 1e-4 (onnxruntime); wrong window, sink or recache semantics give 0.05 and more. Exits with 1
     if it is not.
 
-    Needs PyTorch (extra `train`); onnxruntime also needs the extras `cpu` and `export`, and takes a minute to
-    export.
+    Needs PyTorch (extra `train`); onnxruntime also needs the extras `cpu` and `export`, and some 30
+    seconds to export.
 
     Example: realtide replay static_window12_sink3.safetensors
 

@@ -92,7 +92,7 @@ def replay(path: Path, backend: Backend = "torch") -> Report:
     Args:
         path: the case.
         backend: *torch*: the modules, eager; *onnxruntime*: their exported graphs (needs the extra
-            ``export``, and takes a minute to make them).
+            ``export``, and some 30 seconds to make them).
 
     Raises:
         CaseError: the file is no LongLive case, or its weights are not beside it.

@@ -7,16 +7,18 @@ write to ``x.next``, and outputs that were compared with the module's on the cal
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
+from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, nn
 
 from realtide.engines.runtime.in_place import check_in_place
@@ -160,13 +162,28 @@ def _trace(
         opaque.append((value, value.const_value))
         value.const_value = None
         graph.inputs.append(value)
-    program.optimize()
+    with _without_split_search():
+        program.optimize()
     for value, tensor in opaque:
         graph.inputs.remove(value)
         value.const_value = tensor
         graph.register_initializer(value)
     model: onnx.ModelProto = program.model_proto
     return model
+
+
+@contextlib.contextmanager
+def _without_split_search() -> Iterator[None]:
+    """Leave out one of the optimizer's rules while it runs.
+
+    It looks for two slices that make one split, for every node among all slices of the graph, and so takes
+    most of the time that a deep model's export takes. What it would find saves next to nothing.
+    """
+    slice_split_rule.try_rewrite = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del slice_split_rule.try_rewrite
 
 
 def _by_parameter(

@@ -31,7 +31,7 @@ def test_the_modules_compute_what_the_reference_does(case: str) -> None:
     assert max(found.rel_l2 for found in report.tensors.values()) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["switch_global_sink", "wan_vae_seed31", "umt5_seed41"])
+@pytest.mark.parametrize("case", CASES)
 def test_the_graphs_compute_what_the_reference_does(case: str) -> None:
     report = replay(GOLDEN / f"{case}.safetensors", "onnxruntime")
     assert set(report.tensors) == CASES[case]
