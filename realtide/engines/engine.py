@@ -9,7 +9,7 @@ inputs and events are the engine's own plain dataclasses, which the server's ser
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 
@@ -54,8 +54,22 @@ class Session(Protocol):
         """Monotonic time in seconds at which the oldest unprocessed input should have been processed."""
         ...
 
+    def collect(self) -> Sequence[Any]:
+        """Events that arose beside steps (see `Engine.attach`), in order; they are handed out once.
+
+        Raises whatever that work ended with: the session is lost then.
+        """
+        ...
+
+    def settle(self) -> Sequence[Any]:
+        """Have work beside steps rest until `export` has been called; the last of its events."""
+        ...
+
     def export(self) -> bytes:
-        """Serialize the whole state (versioned, self-describing); the session goes on unchanged."""
+        """Serialize the whole state (versioned, self-describing); the session goes on unchanged.
+
+        The state is that after all events that were handed out. Called right after `settle`.
+        """
         ...
 
     def close(self) -> None:
@@ -94,6 +108,23 @@ class Engine(Protocol):
     @property
     def cache_bytes(self) -> int:
         """Bytes of the preallocated state of all slots (the metric ``kv_cache_bytes``)."""
+        ...
+
+    @property
+    def parked(self) -> int:
+        """Sessions whose cache was given to another one, and which will come back (metric ``sessions``)."""
+        ...
+
+    def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
+        """Called once, before the first session.
+
+        An engine that works beside steps, in threads of its own, calls `wake(session)` there when a session
+        has something to collect, or may have become runnable or done; and `on_stage` for that work.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the engine's own threads. Called after the last session was closed; any number of times."""
         ...
 
     def open(self, options: Any) -> Session:

@@ -70,6 +70,7 @@ class Executor:
         self._on_failure = on_failure
         self._mail: queue.SimpleQueue[Handle | Callable[[], None]] = queue.SimpleQueue()
         self._sessions: set[Handle] = set()
+        self._handles: dict[Session, Handle] = {}
         self._ready: set[Handle] = set()
         self._outgoing: list[tuple[Callable[[Any], None], Any]] = []
         self._stopping = False
@@ -81,6 +82,7 @@ class Executor:
     def start(self) -> None:
         """Start the thread; events go to the running event loop."""
         self._loop = asyncio.get_running_loop()
+        self.engine.attach(lambda session: self._mail.put(lambda: self._woken(session)), self._hooks.on_stage)
         self._thread.start()
 
     async def stop(self) -> None:
@@ -157,14 +159,21 @@ class Executor:
             else:
                 message()
 
+    def _woken(self, session: Session) -> None:
+        """The engine has worked for `session` beside steps."""
+        handle = self._handles.get(session)
+        if handle is not None:
+            self._attend(handle)
+
     def _attend(self, handle: Handle) -> None:
-        """Feed a session until it has work, and note how urgent that is."""
+        """Hand on what a session has, feed it until it has work, and note how urgent that is."""
         handle.noticed()
         session = handle.session
         if session is None:
             return
         was_blocked = handle.blocked
         try:
+            self._emit(handle, session.collect())
             runnable = self._feed(handle, session)
             self.parked += handle.blocked - was_blocked
             if session.done:
@@ -199,6 +208,7 @@ class Executor:
             if item is None:
                 return not handle.consumes and session.runnable()
             if isinstance(item, Export):
+                self._emit(handle, session.settle())
                 self._emit(handle, [Exported(self._export(handle, session), item.tag)])
             else:
                 self._emit(handle, session.push(item))
@@ -259,6 +269,7 @@ class Executor:
             self._outgoing.append((_reject(opened), error))
             return
         self._sessions.add(handle)
+        self._handles[handle.session] = handle
         self._count()
         self._outgoing.append((_resolve(opened), None))
 
@@ -288,6 +299,7 @@ class Executor:
         self._ready.discard(handle)
         self._sessions.discard(handle)
         if handle.session is not None:
+            self._handles.pop(handle.session, None)
             self.parked -= handle.blocked
             try:
                 handle.session.close()
@@ -320,6 +332,7 @@ class Executor:
     def _empty(self) -> None:
         """Nothing runs any more: answer what is still in the mail, so that nobody waits for ever."""
         self._stopping = True
+        self.engine.close()
         while not self._mail.empty():
             message = self._mail.get()
             if not isinstance(message, Handle):

@@ -69,6 +69,8 @@ class BurstSession:
         self.arrived: list[tuple[int, float]] = []
         self.queue: list[Any] = []
         self.closed = False
+        self.beside: list[Any] = []  # what work beside steps has made; an exception is raised
+        self.settled = 0
 
     @property
     def size(self) -> int:
@@ -110,6 +112,23 @@ class BurstSession:
             if end > self.state.frames * self.size:
                 return when + self.engine.budget
         return time.monotonic()
+
+    def collect(self) -> list[Any]:
+        self.engine.check_thread()
+        found, self.beside = self.beside, []
+        for event in found:
+            if isinstance(event, Exception):
+                raise event
+        return found
+
+    def settle(self) -> list[Any]:
+        self.settled += 1
+        return self.collect()
+
+    def work_beside(self, *made: Any) -> None:
+        """As a thread of the engine's own does."""
+        self.beside += made
+        self.engine.wake(self)
 
     def export(self) -> bytes:
         self.engine.check_thread()
@@ -223,11 +242,20 @@ class BurstEngine:
         self.opened: list[BurstSession] = []
         self.break_batches = 0  # so many batched steps raise though no session is at fault
         self.at_gate = False  # a step is being held up
+        self.parked = 0
+        self.wake: Callable[[Session], None] = lambda session: None
+        self.closed = 0
         self._thread: int | None = None
 
     @property
     def free_slots(self) -> int:
         return self.slots - self.taken
+
+    def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
+        self.wake = wake
+
+    def close(self) -> None:
+        self.closed += 1
 
     def check_thread(self) -> None:
         thread = threading.get_ident()

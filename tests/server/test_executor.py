@@ -440,3 +440,42 @@ async def test_misses_and_waits_are_reported() -> None:
         assert len(made.hooks.waits) == sum(made.hooks.batches)
         assert min(made.hooks.waits) >= 0
         assert handle.busy > 0
+
+
+async def test_events_made_beside_steps_are_handed_on_without_a_step() -> None:
+    engine = BurstEngine()
+    async with rig(engine) as made:
+        handle = await made.open()
+        engine.opened[0].work_beside(types.Applied("first", 1), types.Applied("second", 2))
+        async with asyncio.timeout(10):
+            assert [(await handle.get()).event.control_id for _ in range(2)] == ["first", "second"]
+        assert not made.hooks.batches
+    assert engine.closed == 1
+
+
+async def test_an_export_settles_first_and_what_that_gives_comes_before_it() -> None:
+    engine = BurstEngine()
+    async with rig(engine) as made:
+        handle = await made.open()
+        engine.opened[0].beside.append(types.Applied("made", 1))
+        await handle.put(Export("tag"))
+        async with asyncio.timeout(10):
+            events = [(await handle.get()).event for _ in range(2)]
+        assert isinstance(events[0], types.Applied)
+        assert isinstance(events[1], Exported)
+        assert engine.opened[0].settled == 1
+
+
+async def test_who_fails_beside_steps_fails_alone(caplog: pytest.LogCaptureFixture) -> None:
+    engine = BurstEngine()
+    async with rig(engine) as made:
+        handles = [await made.open(name) for name in ("bad", "good")]
+        engine.opened[0].work_beside(RuntimeError("no frames"))
+        assert isinstance((await drained(handles[0]))[-1], Failed)
+        await put(handles[1], tone(0.1))
+        await handles[1].put(types.Finish())
+        assert isinstance((await drained(handles[1]))[-1], Ended)
+        # A session that is gone may still be woken by a thread that does not know yet.
+        engine.opened[0].work_beside(types.Applied("late", 1))
+        await until(lambda: engine.free_slots == engine.slots)
+    assert [record.message for record in caplog.records] == ["session failed"]

@@ -9,7 +9,7 @@ PyTorch modules.
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from realtide.engines.ancat.tokenizer import Tokenizer
 from realtide.engines.ancat.types import SpeechEvent, SpeechOptions
 from realtide.engines.ancat.utterance import DecoderConfig
 from realtide.engines.ancat.words import WordTiming
-from realtide.engines.engine import CheckpointMismatch, StageTimer
+from realtide.engines.engine import CheckpointMismatch, Session, StageTimer
 from realtide.engines.runtime.ort import OrtOptions, OrtProgram
 from realtide.engines.runtime.program import Array, Program
 from realtide.engines.runtime.slots import SlotPool, SlotState
@@ -128,6 +128,17 @@ class AncatEngine:
     def cache_bytes(self) -> int:
         """Bytes of all slots' state; pages of slots that were never used are not committed."""
         return self._rows.nbytes
+
+    @property
+    def parked(self) -> int:
+        """None ever: each slot has its own state."""
+        return 0
+
+    def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
+        """See `engine.Engine`; all work is done in steps."""
+
+    def close(self) -> None:
+        """See `engine.Engine`; there are no threads."""
 
     def open(self, options: SpeechOptions) -> SpeechSession:
         """Take a slot. Raises SlotsExhausted; ValueError for options that this model cannot serve."""

@@ -228,6 +228,14 @@ class SpeechSession:
             events.append(Applied(control.control_id, due.position))
         return events
 
+    def collect(self) -> Sequence[SpeechEvent]:
+        """None: all work is done in steps."""
+        return ()
+
+    def settle(self) -> Sequence[SpeechEvent]:
+        """None, see `collect`."""
+        return ()
+
     def export(self) -> bytes:
         """Serialize everything but controls that have not taken effect: whoever resumes sends those again.
 

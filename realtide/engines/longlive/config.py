@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from math import prod
 from typing import Any, Literal, Self
 
 Rotary = Literal["absolute", "relative"]
@@ -313,3 +314,23 @@ def encoder_shapes(config: VaeConfig, height: int, width: int) -> dict[str, tupl
                 found.append((1, out, h, w))
     found += [(2, widths[-1], h, w)] * 5
     return {f"encoder_{index}": shape for index, shape in enumerate(found)}
+
+
+def session_bytes(config: VideoConfig, vae: VaeConfig, itemsize: int = 4) -> int:
+    """Memory of one session while it holds a cache, in bytes.
+
+    Key/value cache, the prompt's keys and values, the decoder's feature caches, the window's and the sink's
+    latents, and the embeddings of the prompt in force and of the sink's.
+
+    Args:
+        config: transformer and stream.
+        vae: the VAE.
+        itemsize: bytes of a number.
+    """
+    stream, model = config.stream, config.transformer
+    values = sum(rows * prod(shape) for rows, shape in cache_shapes(config).values())
+    values += sum(prod(shape) for shape in cross_shapes(config).values())
+    values += sum(prod(shape) for shape in decoder_shapes(vae, stream.height, stream.width).values())
+    values += (stream.window + stream.sink) * prod(config.latent_shape)
+    values += 2 * model.text_tokens * model.text_dim
+    return itemsize * values

@@ -2,7 +2,8 @@
 
 `VideoStream` owns what a session has to remember besides its cache: how far it is, the clean latents of the
 window and of the sink, and the prompts in force. From these the cache can be rebuilt, so a stream can be
-parked in megabytes. It knows programs by their interface only. Numpy only.
+parked in megabytes. It advances by single passes, so that whoever drives several streams can turn from one to
+another between any two of them. It knows programs by their interface only. Numpy only.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ FORMAT = 1
 
 
 @dataclass(slots=True)
-class Prompted:
-    """A prompt's text embeddings [text tokens, text_dim] and its keys and values by name."""
+class _Block:
+    """A block under way: latents [block, C, height, width], the passes made, and what they are fed."""
 
-    text: Float32
-    cross: dict[str, Array]
+    latents: Float32
+    passes: int
+    feeds: dict[str, Array]
 
 
 class VideoStream:
@@ -75,8 +77,10 @@ class VideoStream:
         self._recent = np.zeros((0, *config.latent_shape), np.float32)  # the last `window` frames
         self._sink = self._recent[:0]
         self._sink_first = 0  # index of the sink's first frame in the video
-        self._prompt: Prompted | None = None
-        self._sink_prompt: Prompted | None = None
+        self._prompt: Float32 | None = None  # embeddings [text tokens, text_dim], zero padded
+        self._sink_prompt: Float32 | None = None
+        self._cross: dict[str, Array] = {}  # keys and values of the prompt in force; none while parked
+        self._block: _Block | None = None
         self._parked = False
 
     @property
@@ -89,8 +93,25 @@ class VideoStream:
         """True if the cache is not this stream's any more; `rebuild` makes it anew."""
         return self._parked
 
+    @property
+    def under_way(self) -> bool:
+        """True if a block has been begun and is not finished."""
+        return self._block is not None
+
+    @property
+    def passes(self) -> int:
+        """Passes of a block: the denoising passes and the clean one."""
+        return len(self._timesteps) + 1
+
+    @property
+    def recent(self) -> Float32:
+        """The latest clean latents, at most `window` of them, oldest first: [n, C, height, width]."""
+        return self._recent
+
     def set_prompt(self, text: Float32) -> int:
         """Follow another prompt from the next block on; the cache is made to follow it too (*recache*).
+
+        A block under way is dropped: it is begun anew under the new prompt.
 
         Args:
             text: embeddings [n, text_dim] of at most text_tokens tokens, without padding or zero padded.
@@ -101,74 +122,96 @@ class VideoStream:
         Raises:
             ValueError: `text` has the wrong shape.
         """
-        self._prompt = self._prompted(text)
-        if self._parked or not self._frames:
+        self._prompt = self._padded(text)
+        self._block = None
+        if self._parked:
             return 0
-        return self._recache()
+        self._cross = self._crossed(self._prompt)
+        return self._recache() if self._frames else 0
 
     def block(self, on_flow: Callable[[Float32], None] | None = None) -> Float32:
-        """Generate the next block and take it into the cache.
-
-        Args:
-            on_flow: is given each pass's prediction.
+        """Generate the next block and take it into the cache; see `advance`.
 
         Returns:
             Clean latents [block, C, height, width].
+        """
+        while True:
+            latents = self.advance(on_flow)
+            if latents is not None:
+                return latents
+
+    def advance(self, on_flow: Callable[[Float32], None] | None = None) -> Float32 | None:
+        """Make the next pass of the block under way, or the first one of the next block.
+
+        Args:
+            on_flow: is given a denoising pass's prediction.
+
+        Returns:
+            After the last pass, the clean one, the block's latents [block, C, height, width]; else None.
 
         Raises:
             ValueError: there is no prompt, or the stream is parked.
         """
-        if self._prompt is None:
-            raise ValueError("set a prompt before the first block")
-        if self._parked:
-            raise ValueError("the stream is parked: rebuild its cache first")
-        first, count = self._frames, self._config.stream.block
-        places = window.places(self._config.stream, first, count)
-        latents = self._noise(first, count, 0)
-        for step, timestep in enumerate(self._timesteps, 1):
-            feeds = self._feeds(latents, timestep, first, places, first + count, self._prompt)
-            flow = self._programs.denoise.run(feeds)["flow"]
-            if on_flow is not None:
-                on_flow(flow)
-            latents = schedule.clean(latents, flow, timestep)
-            if step < len(self._timesteps):
-                latents = schedule.noised(latents, self._noise(first, count, step), self._timesteps[step])
-        self._remember(self._programs.clean, latents, first, places, first + count, self._prompt)
-        self._keep(latents)
-        return latents
+        block = self._block or self._begin()
+        timestep = self._timesteps[block.passes] if block.passes < len(self._timesteps) else None
+        if timestep is None:
+            self._block = None
+            self._remember(self._programs.clean, block.latents, block.feeds)
+            self._keep(block.latents)
+            return block.latents
+        feeds = self._at(block.feeds, block.latents, timestep)
+        flow = self._programs.denoise.run(feeds)["flow"]
+        if on_flow is not None:
+            on_flow(flow)
+        latents = schedule.clean(block.latents, flow, timestep)
+        block.passes += 1
+        if block.passes < len(self._timesteps):
+            fresh = self._noise(self._frames, len(latents), block.passes)
+            latents = schedule.noised(latents, fresh, self._timesteps[block.passes])
+        block.latents = latents
+        self._block = block
+        return None
 
     def park(self) -> None:
-        """Give up the cache: whoever owns it may use it for another stream."""
+        """Give up the cache: whoever owns it may use it for another stream. A block under way is dropped."""
         self._parked = True
+        self._block = None
+        self._cross = {}
 
-    def rebuild(self) -> int:
+    def rebuild(self, programs: VideoPrograms | None = None, cache: Mapping[str, Array] | None = None) -> int:
         """Make the cache anew from the latents; afterwards the stream goes on.
 
         While the window has not moved, this is the recache of all frames under the prompt in force. Later
         the sink is computed alone, under the prompt that it was last computed with, and the other frames
         are recached over it.
 
+        Args:
+            programs: bound to `cache`, where the stream is to go on over another one.
+            cache: see `config.cache_shapes`; its contents do not matter.
+
         Returns:
             Number of latent frames that were replayed.
         """
+        if programs is not None and cache is not None:
+            self._programs, self._cache = programs, cache
         self._parked = False
+        self._block = None
+        if self._prompt is not None:
+            self._cross = self._crossed(self._prompt)
         stream = self._config.stream
         if not self._frames:
             return 0
         if self._frames <= stream.window:
             return self._recache()
+        recache = self._programs.recache
         if stream.sink:
             assert self._sink_prompt is not None
-            own = np.arange(stream.sink)
-            recache = self._programs.recache
-            self._remember(recache, self._sink, self._sink_first, own, stream.sink, self._sink_prompt)
+            own, cross = np.arange(stream.sink), self._crossed(self._sink_prompt)
+            self._remember(recache, self._sink, self._feeds(self._sink_first, own, stream.sink, cross))
         ring = stream.window - stream.sink
         first = self._frames - ring
-        assert self._prompt is not None
         places = window.places(stream, first, ring)
-        self._remember(
-            self._programs.recache, self._recent[-ring:], first, places, self._frames, self._prompt
-        )
+        self._remember(recache, self._recent[-ring:], self._feeds(first, places, self._frames, self._cross))
         return stream.window
 
     def export(self, *, cache: bool = True) -> bytes:
@@ -176,12 +219,13 @@ class VideoStream:
 
         Args:
             cache: with the cache a resumed stream continues bit for bit; without, `resume` leaves it
-                parked, to be rebuilt. A parked stream has none.
+                parked, to be rebuilt. A parked stream has none. A block under way is not part of the
+                state: it is begun anew, with the same noise and so with the same result.
         """
         tensors = {"recent": self._recent, "sink": self._sink}
-        for name, prompted in (("prompt", self._prompt), ("sink_prompt", self._sink_prompt)):
-            if prompted is not None:
-                tensors[name] = _unpadded(prompted.text)
+        for name, text in (("prompt", self._prompt), ("sink_prompt", self._sink_prompt)):
+            if text is not None:
+                tensors[name] = _unpadded(text)
         kept = cache and not self._parked
         if kept:
             tensors |= {f"cache.{name}": array for name, array in self._cache.items()}
@@ -225,7 +269,7 @@ class VideoStream:
                 if plain["cache"]
             }
             stream._prompt, stream._sink_prompt = (
-                stream._prompted(tensors[name]) if name in tensors else None
+                stream._padded(tensors[name]) if name in tensors else None
                 for name in ("prompt", "sink_prompt")
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -233,9 +277,11 @@ class VideoStream:
         for name, array in kept.items():
             cache[name][...] = array
         stream._parked = not kept
+        if kept and stream._prompt is not None:
+            stream._cross = stream._crossed(stream._prompt)
         return stream
 
-    def _prompted(self, text: Float32) -> Prompted:
+    def _padded(self, text: Float32) -> Float32:
         model = self._config.transformer
         if text.ndim != 2 or text.shape[0] > model.text_tokens or text.shape[1] != model.text_dim:
             raise ValueError(
@@ -244,26 +290,37 @@ class VideoStream:
             )
         padded = np.zeros((model.text_tokens, model.text_dim), np.float32)
         padded[: len(text)] = text
-        return Prompted(padded, self._programs.prompt.run({"text": padded}))
+        return padded
+
+    def _crossed(self, text: Float32) -> dict[str, Array]:
+        """Keys and values of padded embeddings, by the names of `config.cross_shapes`."""
+        made = self._programs.prompt.run({"text": text})
+        return {name: made[name] for name in cross_shapes(self._config)}
+
+    def _begin(self) -> _Block:
+        if self._prompt is None:
+            raise ValueError("set a prompt before the first block")
+        if self._parked:
+            raise ValueError("the stream is parked: rebuild its cache first")
+        first, count = self._frames, self._config.stream.block
+        places = window.places(self._config.stream, first, count)
+        feeds = self._feeds(first, places, first + count, self._cross)
+        return _Block(self._noise(first, count, 0), 0, feeds)
 
     def _recache(self) -> int:
         """Replay what `window.recache` says under the prompt in force."""
-        assert self._prompt is not None
         stream = self._config.stream
         replay = window.recache(stream, self._frames)
         latents = self._recent[len(self._recent) - (self._frames - replay.first) :]
-        program = self._programs.recache
-        self._remember(program, latents, replay.first, replay.places, self._frames, self._prompt)
+        feeds = self._feeds(replay.first, replay.places, self._frames, self._cross)
+        self._remember(self._programs.recache, latents, feeds)
         if stream.sink and replay.places[0] == 0:  # the sink was computed anew
             self._sink, self._sink_first = latents[: stream.sink].copy(), replay.first
             self._sink_prompt = self._prompt
         return replay.frames
 
-    def _remember(
-        self, program: Program, latents: Float32, first: int, places: window.Ints, end: int, under: Prompted
-    ) -> None:
-        noise = self._config.stream.context_noise
-        program.run(self._feeds(latents, noise, first, places, end, under))
+    def _remember(self, program: Program, latents: Float32, feeds: Mapping[str, Array]) -> None:
+        program.run(self._at(feeds, latents, self._config.stream.context_noise))
 
     def _keep(self, latents: Float32) -> None:
         stream = self._config.stream
@@ -275,24 +332,31 @@ class VideoStream:
         self._frames += len(latents)
 
     def _feeds(
-        self, latents: Float32, timestep: float, first: int, places: window.Ints, end: int, under: Prompted
+        self, first: int, places: window.Ints, end: int, cross: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """A pass over frames first .. first+n-1, which lie in `places`, once `end` frames are known."""
+        """What passes over frames first, first+1, ... are fed besides the latents and their timestep.
+
+        The frames lie in `places`; `end` frames are known once they do.
+        """
         config = self._config
         feeds: dict[str, Array] = {
-            "latents": latents,
-            "sinusoids": schedule.sinusoid(np.full(len(latents), timestep), config.transformer.freq_dim),
             "space": self._space,
             "places": places,
             "seen": window.seen(config.stream, end),
+            **cross,
         }
         if config.stream.rotary == "relative":
             ranks = window.ranks(config.stream, end)
             feeds["window_time"] = rotary.time_table(config, ranks)
             feeds["time"] = feeds["window_time"][places]
         else:
-            feeds["time"] = rotary.time_table(config, np.arange(first, first + len(latents)))
-        return feeds | {name: under.cross[name] for name in cross_shapes(config)}
+            feeds["time"] = rotary.time_table(config, np.arange(first, first + len(places)))
+        return feeds
+
+    def _at(self, feeds: Mapping[str, Array], latents: Float32, timestep: float) -> dict[str, Array]:
+        width = self._config.transformer.freq_dim
+        sinusoids = schedule.sinusoid(np.full(len(latents), timestep), width)
+        return {**feeds, "latents": latents, "sinusoids": sinusoids}
 
 
 def _seeded(seed: int, shape: tuple[int, ...], first: int, count: int, step: int) -> Float32:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from realtide.engines.longlive.programs import HalfPrograms, Passes, Stages, VideoPrograms
+from realtide.engines.longlive.programs import Passes, Stages
 from realtide.engines.runtime.ort import OrtOptions, OrtProgram
 from realtide.engines.runtime.program import Array, Program
 
@@ -15,13 +15,13 @@ def video_programs(
     weights: Mapping[str, Array],
     cache: Mapping[str, Array],
     options: OrtOptions | None = None,
-) -> VideoPrograms:
+) -> Passes[OrtProgram]:
     """Programs of one session over its cache (`config.cache_shapes`), updated in place.
 
     Raises:
         ProgramError: a graph cannot be loaded, or lacks a weight.
     """
-    return VideoPrograms(
+    return Passes(
         prompt=OrtProgram(graphs.prompt, weights, {}, options),
         denoise=OrtProgram(graphs.denoise, weights, cache, options),
         clean=OrtProgram(graphs.clean, weights, cache, options),
@@ -34,12 +34,24 @@ def half_programs(
     weights: Mapping[str, Array],
     caches: Mapping[str, Array],
     options: OrtOptions | None = None,
-) -> HalfPrograms:
+) -> Stages[OrtProgram]:
     """Decoding or encoding programs of one stream over its feature caches. Raises ProgramError."""
-    return HalfPrograms(
-        first=OrtProgram(graphs.first, weights, caches, options),
-        later=OrtProgram(graphs.later, weights, caches, options),
+    return graphs.map(lambda graph: OrtProgram(graph, weights, caches, options))
+
+
+def video_over(programs: Passes[OrtProgram], cache: Mapping[str, Array]) -> Passes[OrtProgram]:
+    """The same loaded graphs over another session's cache: weights are in memory once."""
+    return Passes(
+        prompt=programs.prompt,
+        denoise=programs.denoise.over(cache),
+        clean=programs.clean.over(cache),
+        recache=programs.recache.over(cache),
     )
+
+
+def half_over(programs: Stages[OrtProgram], caches: Mapping[str, Array]) -> Stages[OrtProgram]:
+    """The same loaded graphs over another stream's feature caches."""
+    return programs.map(lambda program: program.over(caches))
 
 
 def text_program(graph: Path, weights: Mapping[str, Array], options: OrtOptions | None = None) -> Program:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -14,7 +14,8 @@ from realtide.engines.runtime.program import Array, Program, TensorSpec
 
 FLOAT, INT, BOOL = np.dtype(np.float32), np.dtype(np.int64), np.dtype(np.bool_)
 Float32 = NDArray[np.float32]
-T = TypeVar("T")
+T = TypeVar("T", covariant=True)
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Passes(Generic[T]):
     clean: T
     recache: T
 
+    def map(self, make: Callable[[T], U]) -> Passes[U]:
+        """The same of what `make` makes of each."""
+        return Passes(make(self.prompt), make(self.denoise), make(self.clean), make(self.recache))
+
 
 @dataclass(frozen=True)
 class Stages(Generic[T]):
@@ -40,6 +45,10 @@ class Stages(Generic[T]):
 
     first: T
     later: T
+
+    def map(self, make: Callable[[T], U]) -> Stages[U]:
+        """The same of what `make` makes of each."""
+        return Stages(make(self.first), make(self.later))
 
 
 VideoPrograms = Passes[Program]

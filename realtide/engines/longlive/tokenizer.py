@@ -68,7 +68,14 @@ class PromptTokenizer:
         Raises:
             ValueError: the prompt is longer than `limit`.
         """
-        ids: list[int] = [*self._pieces.EncodeAsIds(clean(prompt)), self._end]
+        ids = self._ids(prompt)
         if len(ids) > self.limit:
             raise ValueError(f"prompt has {len(ids)} tokens, the model takes at most {self.limit}")
         return ids
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt, the end token included."""
+        return len(self._ids(prompt))
+
+    def _ids(self, prompt: str) -> list[int]:
+        return [*self._pieces.EncodeAsIds(clean(prompt)), self._end]

@@ -10,6 +10,7 @@ deallocated"; a test checks it).
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import logging
@@ -108,6 +109,17 @@ class OrtProgram:
         self._session = _create_session(self._label, data, self._info, weights, options)
         self._checker = FeedChecker(self._info.inputs)
         self._bind_state()
+
+    def over(self, state: Mapping[str, Array]) -> OrtProgram:
+        """The same loaded graph over other state: no weight is loaded again. For one session per state.
+
+        Several of them may run at the same time, each in one thread. Raises FeedError.
+        """
+        twin = copy.copy(self)
+        twin._state = check_state(self._info.state, state)
+        twin._checker = FeedChecker(self._info.inputs)
+        twin._bind_state()
+        return twin
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -1,0 +1,330 @@
+"""The video engine: sessions that take turns on caches, a pass at a time, and a thread that decodes (ours).
+
+A step makes one pass over one session's block, so that sessions get their turns between any two passes.
+Latents of finished blocks are decoded and encoded by the worker thread while the next block is denoised.
+Needs no PyTorch: programs come from ONNX graphs; `torch_programs` gives the same engine over the PyTorch
+modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from realtide.bundle import Bundle, BundleError, Precision, load_bundle
+from realtide.engines.engine import Session, StageTimer
+from realtide.engines.longlive.caches import Cache, CachePool
+from realtide.engines.longlive.config import (
+    StreamConfig,
+    TextConfig,
+    TransformerConfig,
+    VaeConfig,
+    VideoConfig,
+    cache_shapes,
+    decoder_shapes,
+    session_bytes,
+)
+from realtide.engines.longlive.decoding import FrameWorker
+from realtide.engines.longlive.programs import HalfPrograms, Passes, Stages, VideoPrograms
+from realtide.engines.longlive.session import Parts, VideoSession, unpack
+from realtide.engines.longlive.timeline import Timeline
+from realtide.engines.longlive.tokenizer import PromptTokenizer
+from realtide.engines.longlive.types import VideoEvent, VideoModelInfo, VideoOptions
+from realtide.engines.runtime.ort import OrtOptions
+from realtide.engines.runtime.program import Array, Program
+from realtide.engines.runtime.slots import SlotPool
+from realtide.engines.runtime.weights import WeightFile
+
+Float32 = NDArray[np.float32]
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
+# Names of a bundle's graphs, and what is before the release's weight names in its weight file.
+PASSES = Passes("prompt", "denoise", "clean", "recache")
+DECODE = Stages("decode_first", "decode_next")
+TRANSFORMER, VAE, TEXT = "transformer.", "vae.", "text."
+
+
+class LongLiveEngine:
+    """See `engine.Engine`; sessions take the inputs and give the events of `types`.
+
+    Args:
+        name: of the bundle.
+        info: what is known of the model.
+        config: transformer and stream.
+        vae: the VAE.
+        embed: a prompt to text embeddings [n, text_dim].
+        caches: for at least one session.
+        slots: sessions that can be open at once; those that find no cache park another.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        info: VideoModelInfo,
+        config: VideoConfig,
+        vae: VaeConfig,
+        embed: Callable[[str], Float32],
+        caches: Sequence[Cache],
+        slots: int,
+    ) -> None:
+        self._model = name
+        self._info = info
+        self._pool = SlotPool(slots)
+        self._sessions: set[VideoSession] = set()
+        self._wake: Callable[[Session], None] = lambda session: None
+        self._on_stage: StageTimer = lambda stage, seconds, batch: None
+        worker = FrameWorker(f"frames-{name}")
+        timeline = Timeline(vae.temporal_scale)
+        self._parts = Parts(config, vae, embed, CachePool(caches), worker, self, timeline)
+
+    @property
+    def name(self) -> str:
+        """Engine name as used in metric labels."""
+        return "longlive"
+
+    @property
+    def model(self) -> str:
+        """Name of the loaded bundle."""
+        return self._model
+
+    @property
+    def info(self) -> VideoModelInfo:
+        """Limits and facts of the model."""
+        return self._info
+
+    @property
+    def slots(self) -> int:
+        """Sessions that can be open at once."""
+        return self._pool.slots
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that no session holds."""
+        return self._pool.free_slots
+
+    @property
+    def max_batch(self) -> int:
+        """One: a pass fills the processor with one session's block."""
+        return 1
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches; pages of caches that were never used are not committed."""
+        return self._parts.caches.nbytes
+
+    @property
+    def parked(self) -> int:
+        """Sessions without a cache that had one."""
+        return sum(session.parked for session in self._sessions)
+
+    def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
+        """See `engine.Engine`."""
+        self._wake, self._on_stage = wake, on_stage
+
+    def wake(self, session: VideoSession) -> None:
+        """`session` has something to collect, or others may have its cache; from any thread."""
+        self._wake(session)
+        if self._parts.caches.scarce:
+            for other in list(self._sessions):
+                if other is not session:
+                    self._wake(other)
+
+    def on_stage(self, stage: str, seconds: float, batch: int) -> None:
+        """Pass on how long the worker's thread took."""
+        self._on_stage(stage, seconds, batch)
+
+    def close(self) -> None:
+        """End the worker's thread."""
+        self._parts.worker.close()
+
+    def open(self, options: VideoOptions) -> VideoSession:
+        """Take a slot. Raises SlotsExhausted."""
+        return self._open(options, None)
+
+    def restore(self, checkpoint: bytes, options: VideoOptions | None = None) -> VideoSession:
+        """Take a slot and continue an exported session.
+
+        With the options that it was opened with (`prompt` and `seed` come from the checkpoint) it continues
+        with the same frames; see `VideoSession.export` for how exactly.
+
+        Raises:
+            ValueError: no options; how frames are encoded is in no checkpoint.
+            SlotsExhausted: no slot is free.
+            CheckpointMismatch: the checkpoint is damaged, or of another model.
+        """
+        if options is None:
+            raise ValueError("options are needed: a checkpoint does not say how frames are encoded")
+        return self._open(options, checkpoint)
+
+    def _open(self, options: VideoOptions, checkpoint: bytes | None) -> VideoSession:
+        state = None if checkpoint is None else unpack(checkpoint)
+        lease = self._pool.take()
+        try:
+            session = VideoSession(self._parts, lease, options, state)
+        except BaseException:
+            lease.free()
+            raise
+        self._sessions = {one for one in self._sessions if not one.closed} | {session}
+        self._parts.caches.join(session)
+        return session
+
+    def batch_key(self, session: VideoSession) -> Hashable:
+        """No two sessions share a step."""
+        return id(session)
+
+    def step(self, sessions: Sequence[VideoSession], on_stage: StageTimer) -> list[list[VideoEvent]]:
+        """Make one pass for one session; see `VideoSession.advance`."""
+        events = [session.advance(on_stage) for session in sessions]
+        if self._parts.caches.scarce:
+            for session in sessions:
+                self.wake(session)
+        return events
+
+
+def load(
+    bundle: Bundle | Path | str,
+    *,
+    slots: int,
+    max_batch: int = 1,
+    precision: str | None = None,
+    threads: int = 1,
+    step_latency: float = 0.0,
+    backend: str = "onnxruntime",
+    resident: int | None = None,
+) -> LongLiveEngine:
+    """Load a bundle into an engine.
+
+    Args:
+        bundle: the bundle or its directory.
+        slots: sessions that can be open at once.
+        max_batch: not used: a step is one session's.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``; None: the bundle's default.
+        threads: threads of one program.
+        step_latency: not used: frames are due when they are played.
+        backend: ``onnxruntime``, or ``torch`` where PyTorch is installed.
+        resident: sessions whose caches are in memory, at most `slots`; None: all.
+
+    Raises:
+        BundleError, ProgramError: the bundle is not usable; the message names the file or the field.
+    """
+    loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    wanted = loaded.precision(None if precision is None else PRECISIONS.get(precision, precision))
+    architecture, limits = loaded.manifest.architecture, loaded.manifest.limits
+    try:
+        config = VideoConfig(
+            TransformerConfig.from_dict(architecture["transformer"]),
+            StreamConfig.from_dict(architecture["stream"]),
+        )
+        vae = VaeConfig.from_dict(architecture["vae"])
+        text = TextConfig.from_dict(architecture["text"])
+        rate = float(architecture["video"]["frames_per_second"])
+        rates = tuple(float(value) for value in limits.get("frames_per_second", (1, 60)))
+        lowest, highest = rates
+        if not 0 < lowest <= rate <= highest:
+            raise ValueError(f"limits.frames_per_second must be two rates around {rate:g}, got {rates}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{loaded.directory}: architecture: {error}") from None
+    try:
+        tokenizer = PromptTokenizer(loaded.asset("tokenizer"), config.transformer.text_tokens)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{loaded.directory}: assets.tokenizer: {error}") from None
+    weights = WeightFile(loaded.weights)
+    make = _torch if backend == "torch" else _onnx
+    count = min(resident or slots, slots)
+    run_text, caches = make(loaded, wanted, config, vae, text, weights, count, threads)
+
+    def embed(prompt: str) -> Float32:
+        ids = np.array(tokenizer.encode(prompt), np.int64)
+        embeds: Float32 = run_text.run({"ids": ids})["embeds"]
+        return embeds
+
+    timeline, block = Timeline(vae.temporal_scale), config.stream.block
+    size = (config.stream.width * vae.spatial_scale, config.stream.height * vae.spatial_scale)
+    info = VideoModelInfo(
+        version=loaded.manifest.version,
+        backend=backend,
+        precision={long: short for short, long in PRECISIONS.items()}[wanted],
+        device="cpu",
+        license=loaded.manifest.licence,
+        sizes=(size,),
+        frames_per_second=rate,
+        frames_per_second_range=(lowest, highest),
+        first_block=timeline.first(block),
+        block=block * timeline.scale,
+        max_prompt_tokens=tokenizer.limit,
+        count_tokens=tokenizer.count,
+        session_bytes=session_bytes(config, vae),
+    )
+    return LongLiveEngine(loaded.manifest.name, info, config, vae, embed, caches, slots)
+
+
+def _state(config: VideoConfig, vae: VaeConfig) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Key/value cache and feature caches of one session. Zeros commit no memory until they are written."""
+    stream = config.stream
+    keys: dict[str, Array] = {
+        name: np.zeros((rows, *shape), np.float32) for name, (rows, shape) in cache_shapes(config).items()
+    }
+    shapes = decoder_shapes(vae, stream.height, stream.width)
+    return keys, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
+def _onnx(
+    bundle: Bundle,
+    precision: Precision,
+    config: VideoConfig,
+    vae: VaeConfig,
+    text: TextConfig,
+    weights: Mapping[str, Array],
+    count: int,
+    threads: int,
+) -> tuple[Program, list[Cache]]:
+    from realtide.engines.longlive import onnx_programs
+
+    options = OrtOptions(intra_op_num_threads=threads)
+
+    def graph(name: str) -> Path:
+        return bundle.graph(name, precision)
+
+    keys, features = _state(config, vae)
+    passes = onnx_programs.video_programs(PASSES.map(graph), weights, keys, options)
+    halves = onnx_programs.half_programs(DECODE.map(graph), weights, features, options)
+    caches = [Cache(passes, keys, halves, features)]
+    for _ in range(count - 1):
+        keys, features = _state(config, vae)
+        over = onnx_programs.video_over(passes, keys), onnx_programs.half_over(halves, features)
+        caches.append(Cache(over[0], keys, over[1], features))
+    return onnx_programs.text_program(graph("text"), weights, options), caches
+
+
+def _torch(
+    bundle: Bundle,
+    precision: Precision,
+    config: VideoConfig,
+    vae: VaeConfig,
+    text: TextConfig,
+    weights: Mapping[str, Array],
+    count: int,
+    threads: int,
+) -> tuple[Program, list[Cache]]:
+    import torch
+
+    from realtide.engines.longlive import torch_programs
+
+    torch.set_num_threads(threads)
+
+    def part(prefix: str) -> dict[str, Array]:
+        return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
+
+    model = torch_programs.transformer(config.transformer, part(TRANSFORMER))
+    decoder = torch_programs.vae(vae, part(VAE))
+    encoder = torch_programs.text_encoder(text, part(TEXT))
+    caches = []
+    for _ in range(count):
+        keys, features = _state(config, vae)
+        programs: VideoPrograms = torch_programs.video_programs(model, config, keys)
+        stream = config.stream
+        half: HalfPrograms = torch_programs.decoder_programs(decoder, features, stream.height, stream.width)
+        caches.append(Cache(programs, keys, half, features))
+    return torch_programs.text_program(encoder), caches
