@@ -15,6 +15,8 @@ from realtide.engines.longlive.config import (
     VideoConfig,
     cache_shapes,
     cross_shapes,
+    decoder_shapes,
+    session_bytes,
 )
 from tests.engines.longlive.conftest import video_config
 
@@ -76,3 +78,16 @@ def test_wrong_fields_are_named(kind: Any, values: dict[str, Any], message: str)
 def test_a_frame_must_be_made_of_whole_patches() -> None:
     with pytest.raises(ValueError, match=r"stream.width \(7\) must be a multiple of transformer.patch \(2\)"):
         video_config(width=7)
+
+
+def test_a_session_at_832x480_needs_about_four_gigabytes_in_16_bits() -> None:
+    """The cache by arithmetic: 12 frames of 1,560 tokens, 1,536 numbers twice in 30 layers, 2 bytes each."""
+    cache = 12 * 1560 * 1536 * 2 * 30 * 2
+    assert cache == 3_450_470_400
+    prompt = 512 * 1536 * 2 * 30 * 2
+    vae = VaeConfig(**MOMENTS)
+    features = 2 * sum(prod(shape) for shape in decoder_shapes(vae, 60, 104).values())
+    latents, text = 15 * 16 * 60 * 104 * 2, 2 * 512 * 4096 * 2
+    video = VideoConfig(TransformerConfig(), StreamConfig())
+    assert session_bytes(video, vae, itemsize=2) == cache + prompt + features + latents + text
+    assert 0.5e9 < features < 2e9

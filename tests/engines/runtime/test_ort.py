@@ -65,6 +65,23 @@ def test_state_is_the_callers_memory(program: OrtProgram, caches: dict[str, Arra
     assert np.array_equal(quiet, np.broadcast_to(quiet[0], quiet.shape))
 
 
+def test_one_loaded_graph_runs_over_several_states(program: OrtProgram, caches: dict[str, Array]) -> None:
+    theirs = state()
+    twin = program.over(theirs)
+    assert twin._session is program._session
+    want = program.run(feeds(4, 1))
+    kept = {name: array.copy() for name, array in caches.items()}
+    program.run(feeds(3, 2))
+    got = twin.run(feeds(4, 1))
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array)
+    for name, array in kept.items():
+        np.testing.assert_array_equal(theirs[name], array)
+        assert np.abs(caches[name] - array).max() > 0
+    with pytest.raises(FeedError):
+        program.over({})
+
+
 def test_rows_that_a_run_does_not_write_stay_bit_for_bit(
     program: OrtProgram, caches: dict[str, Array]
 ) -> None:
