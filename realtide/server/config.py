@@ -47,6 +47,9 @@ class ModelConfig(BaseModel):
     executors: int | None = Field(
         None, ge=1, le=64, description="Executor threads, each with an engine of its own."
     )
+    resident: int | None = Field(
+        None, ge=1, le=4096, description="Video sessions whose caches are in memory; further ones are parked."
+    )
 
 
 class ServerConfig(BaseModel):
@@ -76,6 +79,13 @@ class ServerConfig(BaseModel):
     slots: int = Field(64, ge=1, le=4096, description="Sessions that can be open at once, per model.")
     video_slots: int = Field(
         4, ge=1, le=4096, description="The same, of models for video: each holds a cache of its own."
+    )
+    video_resident: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Video sessions of a model whose caches are in memory; if more are open, idle ones are "
+        "parked. None: all.",
     )
     max_batch: int | None = Field(
         None, ge=1, le=4096, description="Most sessions a step advances; None: all slots."

@@ -14,7 +14,7 @@ from realtide.server.config import ConfigError, ModelConfig, ServerConfig
 from realtide.server.models import AnyEngine
 
 # Engine name in the manifest -> module with `load(bundle, *, slots, max_batch, precision, threads,
-# step_latency)`.
+# step_latency)`; those of _LARGE also take `resident`.
 ENGINES = {"ancat": "realtide.engines.ancat.engine", "longlive": "realtide.engines.longlive.engine"}
 # Engines whose sessions are so large that a model has `video_slots` instead of `slots`.
 _LARGE = ("longlive",)
@@ -38,9 +38,12 @@ def _load(bundle: Path, model: ModelConfig, config: ServerConfig) -> list[AnyEng
     slots = model.slots or (config.video_slots if name in _LARGE else config.slots)
     executors = min(model.executors or config.executors, slots)
     shares = [slots // executors + (index < slots % executors) for index in range(executors)]
+    resident = model.resident or config.video_resident
+    more = {"resident": resident and -(-resident // executors)} if name in _LARGE else {}
     return [
         load(
             bundle,
+            **more,
             slots=share,
             max_batch=min(model.max_batch or config.max_batch or share, share),
             precision=model.precision or config.precision,

@@ -228,7 +228,7 @@ class ServedModel:
 
     def occupancy(self) -> Occupancy:
         """For the metrics; called from the scraping thread."""
-        parked = sum(executor.parked for executor in self.executors)
+        parked = sum(executor.parked + executor.engine.parked for executor in self.executors)
         return Occupancy(
             active=sum(executor.open_sessions for executor in self.executors) - parked,
             queued=self.admission.queued,

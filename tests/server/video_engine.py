@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -116,6 +116,12 @@ class ClipSession:
     def deadline(self) -> float:
         return self.began + self.engine.budget
 
+    def collect(self) -> list[Any]:
+        return []
+
+    def settle(self) -> list[Any]:
+        return []
+
     def export(self) -> bytes:
         self.engine.check_thread()
         return json.dumps({"state": asdict(self.state), "prompts": self.prompts}).encode()
@@ -216,6 +222,12 @@ class ClipEngine:
         thread = threading.get_ident()
         assert self._thread in (None, thread), "the engine was touched from two threads"
         self._thread = thread
+
+    def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def open(self, options: types.VideoOptions) -> ClipSession:
         return self._take(
