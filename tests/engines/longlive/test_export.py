@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from realtide.engines.longlive.config import (
 )
 from realtide.engines.longlive.export import export_decoder, export_encoder, export_text, export_video
 from realtide.engines.longlive.generation import VideoStream
+from realtide.engines.longlive.int8 import quantize_passes
 from realtide.engines.longlive.programs import FrameDecoder, FrameEncoder, Passes
 from realtide.engines.longlive.text import EncodeText, TextEncoder
 from realtide.engines.longlive.torch_programs import decoder_programs, encoder_programs
@@ -63,6 +65,29 @@ def check_that_graphs_hold_no_weights(graphs: Passes[Path]) -> None:
         assert all(np.prod(t.dims) < 1000 for t in graph.initializer if t.name not in external)
     # A pass that only remembers needs neither the head nor the last layer beyond its keys and values.
     assert not {name for name in external if ".head." in name or name.startswith("transformer.blocks.1.ffn")}
+
+
+def test_a_stream_over_int8_graphs_stays_near(tmp_path: Path) -> None:
+    config = video_config()
+    # Wide enough for its products to be quantized.
+    player = Player(replace(config, transformer=replace(config.transformer, layers=1, dim=96, ff_dim=192)))
+    floats = export_video(player.model, player.config, tmp_path)
+    eights = quantize_passes(floats)
+    assert [path.name for path in (eights.prompt, eights.denoise, eights.clean, eights.recache)] == [
+        "prompt.onnx", "denoise.int8.onnx", "clean.int8.onnx", "recache.int8.onnx",
+    ]  # fmt: skip
+    shapes = {name: (rows, *shape) for name, (rows, shape) in cache_shapes(player.config).items()}
+    latents = []
+    for graphs in (floats, eights):
+        cache = zeros(shapes)
+        programs = onnx_programs.video_programs(graphs, arrays(player.model), cache)
+        stream = VideoStream(player.config, programs, cache, seed=3)
+        stream.set_prompt(player.text(0))
+        blocks = [stream.block() for _ in range(3)]
+        stream.set_prompt(player.text(1))
+        latents.append(np.concatenate([*blocks, stream.block()]))
+    difference = np.linalg.norm(latents[0] - latents[1]) / np.linalg.norm(latents[0])
+    assert 1e-5 < difference < 0.05
 
 
 def test_a_decoder_and_an_encoder_over_graphs(vae: WanVae, tmp_path: Path) -> None:
