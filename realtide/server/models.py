@@ -228,9 +228,11 @@ class ServedModel:
 
     def occupancy(self) -> Occupancy:
         """For the metrics; called from the scraping thread."""
-        parked = sum(executor.parked + executor.engine.parked for executor in self.executors)
+        opened = sum(executor.open_sessions for executor in self.executors)
+        # A session that its engine has put aside may have a client that does not read as well.
+        parked = min(sum(one.parked + one.engine.parked for one in self.executors), opened)
         return Occupancy(
-            active=sum(executor.open_sessions for executor in self.executors) - parked,
+            active=opened - parked,
             queued=self.admission.queued,
             parked=parked,
             capacity=self.admission.slots,

@@ -19,7 +19,7 @@ from realtide_client.v1 import common_pb2, models_pb2, models_pb2_grpc
 from tests.server.engine import BurstEngine, pcm16, quiet, tone
 from tests.server.helpers import Request, audio, failure, finish, opening, responses, running, until
 from tests.server.video_engine import ClipEngine
-from tests.server.video_helpers import Clips, credit, finishing, prompting, until_frame
+from tests.server.video_helpers import Clips, clips, credit, finishing, prompting, until_frame
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| ([\w, ]*)\| .+ \|$")
@@ -110,6 +110,16 @@ async def test_sessions_by_state_and_outcome() -> None:
         assert server.metric("realtide_sessions", state="active") == 0
         assert server.metric("realtide_sessions_opened_total") == 1
         assert server.metric("realtide_session_duration_seconds_count") == 1
+
+
+async def test_a_session_that_the_engine_has_put_aside_is_parked() -> None:
+    async with clips(ClipEngine(slots=3)) as server:
+        calls = [await server.opened() for _ in range(2)]
+        server.engine.parked = 1
+        assert server.metric("realtide_sessions", state="parked") == 1
+        assert server.metric("realtide_sessions", state="active") == 1
+        for call in calls:
+            call.cancel()
 
 
 async def test_a_leaked_slot_shows() -> None:

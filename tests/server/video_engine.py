@@ -1,13 +1,14 @@
 """A small deterministic engine for the server's tests of video: flat frames whose colour says what they show.
 
-Frames are made in blocks, as the first credit within a block allows; what lies beyond the credit is held. A
-frame's red is its index, its green comes from the prompt and its blue from the seed. State is a small
-dataclass, exported as JSON. `tests.server.engine` is its like for speech.
+Blocks are made in steps, as the first credit within a block allows; a thread of the engine's own makes frames
+of them, as far as the credit goes. A frame's red is its index, its green comes from the prompt and its blue
+from the seed. State is a small dataclass, exported as JSON. `tests.server.engine` is its like for speech.
 """
 
 from __future__ import annotations
 
 import json
+import queue
 import threading
 import time
 import zlib
@@ -24,6 +25,7 @@ from realtide.engines.longlive import types
 SIZES = ((32, 16), (16, 16))
 FIRST_BLOCK, BLOCK = 3, 4
 POISON = "poison"  # a prompt with this word makes the session's step raise
+THORN = "thorn"  # with this one the thread does
 
 
 def colour(index: int, prompt: str, seed: int) -> tuple[int, int, int]:
@@ -53,17 +55,14 @@ def info(**changes: Any) -> types.VideoModelInfo:
 @dataclass
 class State:
     prompt: str
-    width: int
-    height: int
     seed: int
-    length: int | None
-    handed: int = 0  # frames handed out
-    made: int = 0  # frames denoised; those from `handed` on are held
+    sent: int = 0  # frames handed out
+    made: int = 0  # frames of blocks that are done; those from `sent` on are held
     paused: bool = False
-    shown: bool = False  # the prompt's event went out
-    wanted: list[tuple[str, str, int | None]] = field(default_factory=list)
-    # Of frames that are held: index where a prompt begins, its control, text, and whether it is the first.
+    # First frame, control, text and replayed latents of prompts that no frame has shown yet.
     changes: list[tuple[int, str, str, int]] = field(default_factory=list)
+    # First frame and text of those that frames yet to be made show.
+    prompts: list[tuple[int, str]] = field(default_factory=list)
 
 
 class ClipSession:
@@ -72,43 +71,51 @@ class ClipSession:
         self.state = state
         self.options = options
         self.credit = options.credit
-        self.prompts = {state.handed: state.prompt}  # by first frame, of what is held
+        self.ready = state.sent  # frames below it have been made ready by the thread
+        self.wanted: list[types.SetPrompt] = []
+        self.beside: deque[Any] = deque()
+        self.lock = threading.Lock()  # held by the thread while it works for the session
+        self.resting = False
         self.began = time.monotonic()
         self.finishing = False
         self.closed = False
-        self.failed = False
-        self.inputs: list[Any] = []
-
-    @property
-    def done(self) -> bool:
-        state = self.state
-        ended = state.length is not None and state.handed >= state.length
-        return ended or (self.finishing and (state.paused or not self.runnable()))
 
     @property
     def end(self) -> int:
         """Frames below it may be handed out."""
-        length = self.state.length
+        length = self.options.length
         return self.credit if length is None else min(self.credit, length)
+
+    @property
+    def done(self) -> bool:
+        if self.state.sent == self.options.length:
+            return True
+        return self.finishing and (self.state.paused or self.state.sent >= self.end)
 
     def push(self, item: Any) -> list[Any]:
         self.engine.check_thread()
-        self.inputs.append(item)
-        state = self.state
         if isinstance(item, types.Credit):
             assert item.position > self.credit, "a credit that adds nothing went to the engine"
             self.credit = item.position
         elif isinstance(item, types.Finish):
             self.finishing = True
         elif isinstance(item, types.SetPrompt):
-            state.wanted.append((item.control_id, item.prompt, item.at))
+            self.wanted.append(item)
+        elif isinstance(item, types.Pause):
+            self.state.paused = True
+            with self.lock:  # what is being made now is still handed out
+                pass
+            return [*self.collect(), types.Applied(item.control_id, self.state.sent)]
         else:
-            state.paused = isinstance(item, types.Pause)
-            return [types.Applied(item.control_id, state.handed)]
+            self.state.paused = False
+            self.engine.work_for(self)
+            return [types.Applied(item.control_id, self.state.sent)]
+        self.engine.work_for(self)
         return []
 
     def runnable(self) -> bool:
-        return not self.state.paused and self.state.handed < self.end
+        state = self.state
+        return not state.paused and state.made < self.end and state.made - self.ready <= BLOCK
 
     def full(self) -> bool:
         return False
@@ -117,14 +124,29 @@ class ClipSession:
         return self.began + self.engine.budget
 
     def collect(self) -> list[Any]:
-        return []
+        self.engine.check_thread()
+        found = []
+        while self.beside:
+            found.append(self.beside.popleft())
+            if isinstance(found[-1], Exception):
+                raise found[-1]
+            if isinstance(found[-1], types.Frames):
+                self.state.sent += found[-1].count
+        return found
 
     def settle(self) -> list[Any]:
-        return []
+        self.resting = True
+        with self.lock:
+            return self.collect()
 
     def export(self) -> bytes:
         self.engine.check_thread()
-        return json.dumps({"state": asdict(self.state), "prompts": self.prompts}).encode()
+        try:
+            assert self.ready == self.state.sent
+            return json.dumps(asdict(self.state)).encode()
+        finally:
+            self.resting = False
+            self.engine.work_for(self)
 
     def close(self) -> None:
         self.engine.check_thread()
@@ -133,57 +155,58 @@ class ClipSession:
             self.engine.taken -= 1
 
     def advance(self, on_stage: StageTimer) -> list[Any]:
+        """Make a block; it has the last prompt that is due."""
         state = self.state
-        events: list[Any] = []
+        first, count = state.made, BLOCK if state.made else FIRST_BLOCK
+        due = [one for one in self.wanted if one.at is None or one.at <= first]
+        self.wanted = [one for one in self.wanted if one not in due]
+        if due:
+            state.prompt = due[-1].prompt
+            state.changes.append((first, due[-1].control_id, state.prompt, 2 if first else 0))
+        elif not first:
+            state.changes.append((0, "", state.prompt, 0))
+        state.prompts.append((first, state.prompt))
         if POISON in state.prompt:
             raise RuntimeError("poisoned prompt")
-        if state.handed >= state.made:
-            events += self._block()
-        on_stage("denoise", 0.001, 1)
-        while state.handed < min(state.made, self.end):
-            events += self._change()
-            cut = min((at for at, *_ in state.changes), default=state.made)
-            count = min(self.options.group, state.made - state.handed, self.end - state.handed)
-            count = min(count, max(cut - state.handed, 1))
-            events.append(self._frames(state.handed, count))
-            state.handed += count
-        return events
-
-    def _block(self) -> list[Any]:
-        state = self.state
-        count = BLOCK if state.made else FIRST_BLOCK
-        applied = [
-            types.Applied(name, state.made) for name, _, at in state.wanted if at is None or at <= state.made
-        ]
-        due = [one for one in state.wanted if one[2] is None or one[2] <= state.made]
-        state.wanted = [one for one in state.wanted if one not in due]
-        if due:
-            state.prompt = due[-1][1]
-            state.changes.append((state.made, due[-1][0], due[-1][1], 0 if not state.made else 2))
-        elif not state.made:
-            state.changes.append((0, "", state.prompt, 0))
-        self.prompts[state.made] = state.prompt
-        state.made += count
-        if state.length is not None:
-            state.made = min(state.made, state.length)
         self.began = time.monotonic()
-        return [*applied, types.Denoised(state.made - count, count)]
+        state.made += count
+        on_stage("denoise", 0.001, 1)
+        self.engine.work_for(self)
+        return [*(types.Applied(one.control_id, first) for one in due), types.Denoised(first, count)]
 
-    def _change(self) -> list[Any]:
+    def make_frames(self) -> None:
+        """The engine's thread: as far as there are blocks and credit."""
         state = self.state
-        if state.changes and state.changes[0][0] <= state.handed:
+        with self.lock:
+            try:
+                while self.ready < min(state.made, self.end):
+                    if self.closed or self.resting or state.paused:
+                        break
+                    self._make_some()
+                    self.engine.wake(self)
+            except Exception as error:
+                self.beside.append(error)
+        self.engine.wake(self)
+
+    def _make_some(self) -> None:
+        state, first = self.state, self.ready
+        if state.changes and state.changes[0][0] <= first:
             at, name, prompt, replayed = state.changes.pop(0)
-            return [types.PromptApplied(name, prompt, at, 0.025 * bool(replayed), replayed)]
-        return []
-
-    def _frames(self, first: int, count: int) -> types.Frames:
-        state = self.state
-        frames = np.empty((count, state.height, state.width, 3), np.uint8)
-        for index in range(count):
-            prompt = self.prompts[max(at for at in self.prompts if at <= first + index)]
-            frames[index] = colour(first + index, prompt, state.seed)
+            self.beside.append(types.PromptApplied(name, prompt, at, 0.025 * bool(replayed), replayed))
+        while len(state.prompts) > 1 and state.prompts[1][0] <= first:
+            state.prompts.pop(0)
+        stop = min([state.made, self.end, first + self.options.group, *(at for at, *_ in state.changes)])
+        frames = np.empty((stop - first, self.options.height, self.options.width, 3), np.uint8)
+        for index in range(first, stop):
+            shown = [prompt for at, prompt in state.prompts if at <= index][-1]
+            frames[index - first] = colour(index, shown, state.seed)
+        if THORN in shown:
+            raise RuntimeError("the thread has a thorn")
         assert self.options.encode is not None
-        return types.Frames(first, count, self.options.encode(first, frames), first + count, self.began)
+        data = self.options.encode(first, frames)
+        self.engine.on_stage("encode", 0.001, 1)
+        self.ready = stop
+        self.beside.append(types.Frames(first, stop - first, data, stop, self.began))
 
 
 class ClipEngine:
@@ -212,40 +235,51 @@ class ClipEngine:
         self.gate = gate
         self.at_gate = False
         self.opened: deque[ClipSession] = deque(maxlen=100)
+        self.wake: Callable[[Session], None] = lambda session: None
+        self.on_stage: StageTimer = lambda stage, seconds, batch: None
         self._thread: int | None = None
+        self._work: queue.SimpleQueue[ClipSession | None] = queue.SimpleQueue()
+        self._worker = threading.Thread(target=self._run)
 
     @property
     def free_slots(self) -> int:
         return self.slots - self.taken
+
+    def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
+        self.wake, self.on_stage = wake, on_stage
+        self._worker.start()
+
+    def close(self) -> None:
+        self._work.put(None)
+        if self._worker.is_alive():
+            self._worker.join()
+
+    def work_for(self, session: ClipSession) -> None:
+        self._work.put(session)
+
+    def _run(self) -> None:
+        while (session := self._work.get()) is not None:
+            session.make_frames()
 
     def check_thread(self) -> None:
         thread = threading.get_ident()
         assert self._thread in (None, thread), "the engine was touched from two threads"
         self._thread = thread
 
-    def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
     def open(self, options: types.VideoOptions) -> ClipSession:
-        return self._take(
-            State(options.prompt, options.width, options.height, options.seed, options.length), options
-        )
+        return self._take(State(options.prompt, options.seed), options)
 
     def restore(self, checkpoint: bytes, options: types.VideoOptions | None = None) -> ClipSession:
+        """Prompts without their receipt are not in a checkpoint: the client sends them again."""
         assert options is not None
         try:
-            data = json.loads(checkpoint)
-            state = State(**data["state"])
-            prompts = {int(at): prompt for at, prompt in data["prompts"].items()}
+            state = State(**json.loads(checkpoint))
+            state.changes = [(at, name, prompt, replayed) for at, name, prompt, replayed in state.changes]
+            state.prompts = [(at, prompt) for at, prompt in state.prompts]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointMismatch(f"not of this engine: {error}") from None
-        state.wanted = [(one[0], one[1], one[2]) for one in state.wanted]
-        state.changes = [(one[0], one[1], one[2], one[3]) for one in state.changes]
         session = self._take(state, options)
-        session.prompts = prompts
+        self.work_for(session)
         return session
 
     def _take(self, state: State, options: types.VideoOptions) -> ClipSession:

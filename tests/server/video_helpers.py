@@ -7,7 +7,7 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from realtide.server.models import AnyEngine
+from realtide.server.models import AnyEngine, VideoEngine
 from realtide_client.v1 import common_pb2, video_pb2, video_pb2_grpc
 from tests.server.helpers import Live, connected
 from tests.server.video_engine import ClipEngine
@@ -48,7 +48,7 @@ class Clips(Live):
 
 @contextlib.asynccontextmanager
 async def clips(
-    engine: ClipEngine | None = None, more: Sequence[AnyEngine] = (), **settings: Any
+    engine: VideoEngine | None = None, more: Sequence[AnyEngine] = (), **settings: Any
 ) -> AsyncIterator[Clips]:
     """Start a server around `engine`."""
     engine = engine or ClipEngine()

@@ -15,15 +15,14 @@ from realtide.bundle import BundleError
 from realtide.engines.longlive.engine import LongLiveEngine, load
 from realtide.engines.longlive.session import VideoSession
 from realtide.engines.longlive.types import Frames, SetPrompt, VideoOptions
-from tests.engines.longlive.bundles import write_bundle
 from tests.engines.longlive.small import BLOCK
 
 OPTIONS = VideoOptions("a dog runs", 24, 16, 16.0, seed=11, length=23, credit=23)
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("bundles") / "small-video")
+def bundle(video_bundle: Path) -> Path:
+    return video_bundle
 
 
 def run(engine: LongLiveEngine, sessions: list[VideoSession]) -> list[list[np.ndarray]]:

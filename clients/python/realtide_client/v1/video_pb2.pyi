@@ -355,7 +355,8 @@ class SetPrompt(_message.Message):
     """The prompt takes effect with the first block that begins at this frame or later. Below the number of frames sent so
     far, or at or after `length_frames`: INVALID_ARGUMENT. Default (unset): with the next block that is not begun yet.
     A prompt for a later frame does not hold up one without; of several that are due with the same block the last
-    one counts, and all get their receipt.
+    one counts, and all get their receipt. Who sends a prompt again after a resume sends a frame that lies before
+    `Opened.position` as that position.
     """
     def __init__(
         self,
