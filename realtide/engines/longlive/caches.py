@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from realtide.engines.longlive.programs import HalfPrograms, VideoPrograms
 from realtide.engines.runtime.program import Array
@@ -33,6 +33,11 @@ class Holder(Protocol):
         """True if it has no block under way and nothing to decode, so that no work is lost with its cache."""
         ...
 
+    @property
+    def parked(self) -> bool:
+        """True if it lost its cache and will come back."""
+        ...
+
     def deadline(self) -> float:
         """When its next frames are due."""
         ...
@@ -40,6 +45,9 @@ class Holder(Protocol):
     def park(self) -> None:
         """Give up the cache."""
         ...
+
+
+H = TypeVar("H", bound=Holder)
 
 
 @dataclass(slots=True)
@@ -66,14 +74,14 @@ class Cache:
         return sum(array.nbytes for part in (self.keys, self.features) for array in part.values())
 
 
-class CachePool:
-    """All caches of an engine, and the sessions that share them. Used by one thread."""
+class CachePool(Generic[H]):
+    """All caches of an engine, and the sessions that share them. Used by one thread, but for `sessions`."""
 
     def __init__(self, caches: Sequence[Cache]) -> None:
         if not caches:
             raise ValueError("at least one cache is needed")
         self._caches = tuple(caches)
-        self._sessions: set[Holder] = set()
+        self.sessions: frozenset[H] = frozenset()  # replaced, never changed: any thread may look
 
     @property
     def nbytes(self) -> int:
@@ -88,15 +96,15 @@ class CachePool:
     @property
     def scarce(self) -> bool:
         """True if there are more sessions than caches."""
-        return len(self._sessions) > len(self._caches)
+        return len(self.sessions) > len(self._caches)
 
-    def join(self, holder: Holder) -> None:
+    def join(self, holder: H) -> None:
         """`holder` may take caches from now on."""
-        self._sessions.add(holder)
+        self.sessions |= {holder}
 
-    def leave(self, holder: Holder) -> None:
+    def leave(self, holder: H) -> None:
         """Free what `holder` holds; it takes no more. Any number of times."""
-        self._sessions.discard(holder)
+        self.sessions -= {holder}
         self.give_back(holder)
 
     def available(self, holder: Holder) -> bool:
@@ -108,7 +116,7 @@ class CachePool:
         if not self.scarce or any(c.holder is None or c.holder.idle for c in self._caches):
             return False
         due = holder.deadline()
-        return any(one.waits and one.deadline() < due for one in self._sessions)
+        return any(one.waits and one.deadline() < due for one in self.sessions)
 
     def take(self, holder: Holder) -> Cache:
         """A cache for `holder`; its contents do not matter.

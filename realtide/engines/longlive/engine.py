@@ -72,7 +72,6 @@ class LongLiveEngine:
         self._model = name
         self._info = info
         self._pool = SlotPool(slots)
-        self._sessions: set[VideoSession] = set()
         self._wake: Callable[[Session], None] = lambda session: None
         self._on_stage: StageTimer = lambda stage, seconds, batch: None
         worker = FrameWorker(f"frames-{name}")
@@ -117,7 +116,7 @@ class LongLiveEngine:
     @property
     def parked(self) -> int:
         """Sessions without a cache that had one."""
-        return sum(session.parked for session in self._sessions)
+        return sum(session.parked for session in self._parts.caches.sessions)
 
     def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
         """See `engine.Engine`."""
@@ -127,7 +126,7 @@ class LongLiveEngine:
         """`session` has something to collect, or others may have its cache; from any thread."""
         self._wake(session)
         if self._parts.caches.scarce:
-            for other in list(self._sessions):
+            for other in self._parts.caches.sessions:
                 if other is not session:
                     self._wake(other)
 
@@ -166,7 +165,6 @@ class LongLiveEngine:
         except BaseException:
             lease.free()
             raise
-        self._sessions = {one for one in self._sessions if not one.closed} | {session}
         self._parts.caches.join(session)
         return session
 

@@ -63,7 +63,7 @@ class Parts:
     config: VideoConfig
     vae: VaeConfig
     embed: Callable[[str], Float32]
-    caches: CachePool
+    caches: CachePool[VideoSession]
     worker: FrameWorker
     notify: Notify
     timeline: Timeline
@@ -137,13 +137,8 @@ class VideoSession:
         return self._finishing and (self._paused or collected >= self._limit)
 
     @property
-    def closed(self) -> bool:
-        """True once the slot was given back."""
-        return self._closed
-
-    @property
     def parked(self) -> bool:
-        """True if the session has generated something and holds no cache."""
+        """See `caches.Holder`: something was generated, and there is no cache."""
         return self._cache is None and self._stream.frames > 0 and not self._closed
 
     @property

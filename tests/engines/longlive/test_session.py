@@ -331,7 +331,7 @@ def test_damaged_checkpoints_are_refused_and_cost_no_slot(small: Small) -> None:
             other.engine.restore(data, OPTIONS)
     assert (small.engine.free_slots, other.engine.free_slots) == (4, 4)
     assert all(cache.holder is None for cache in small.engine._parts.caches._caches)
-    assert not small.engine._parts.caches._sessions
+    assert not small.engine._parts.caches.sessions
     with pytest.raises(ValueError, match="options are needed"):
         small.engine.restore(good[0])
 
