@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -22,6 +23,7 @@ from realtide.server.app import Server
 from realtide.server.config import ServerConfig
 from tests.server.engine import BurstEngine, quiet, tone
 from tests.server.helpers import DEFAULTS
+from tests.server.video_engine import ClipEngine
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "models" / "ancat-commands-en" / "recipe"
@@ -164,8 +166,10 @@ def check_realtide(words: list[str], *, complete: bool) -> None:
             assert word in options, f"realtide {shlex.join(words)}: no option {word}"
             seen.add(options[word].name)
             if not getattr(options[word], "is_flag", False) and not value:
-                assert queue, f"realtide {shlex.join(words)}: {word} has no value"
-                queue.pop(0)
+                # As many words as its placeholder has: --at SECONDS PROMPT.
+                for _ in (options[word].metavar or "one").split():
+                    assert queue, f"realtide {shlex.join(words)}: {word} has no value"
+                    queue.pop(0)
     places = [param for param in command.params if param.param_type_name == "argument"]
     room = any(param.nargs == -1 for param in places) or free <= sum(param.nargs for param in places)
     assert room, f"realtide {shlex.join(words)}: too many arguments"
@@ -204,6 +208,9 @@ def test_recipes_of_the_makefile_would_be_accepted() -> None:
         "realtide serve --prot 1",
         "realtide serve --port",
         "realtide transcribe a.wav b.wav",
+        "realtide video --out a.mp4",
+        "realtide video --prompt a --at 3",
+        "realtide video --prompt a --at 3 b c",
         "realtide bench lookahead",
         "realtide models",
         "make coffee",
@@ -247,11 +254,11 @@ def test_names_of_the_contract_that_the_api_page_uses_exist() -> None:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A server that runs while the examples do; it hears tone bursts as words."""
+    """A server that runs while the examples do; it hears tone bursts as words and shows flat colours."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = Server(ServerConfig(**DEFAULTS), [BurstEngine()])
+    server = Server(ServerConfig(**DEFAULTS), [BurstEngine(), ClipEngine()])
     asyncio.run_coroutine_threadsafe(server.start(), loop).result()
     yield f"127.0.0.1:{server.port}"
     asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
@@ -269,7 +276,13 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run(code: str, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_run(
+    code: str,
+    address: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each talks to a real server; only the address, the recording and the pace differ from the page."""
     recording = tmp_path / "bursts.wav"
     pieces = [quiet(0.2), tone(0.2), quiet(0.2), tone(0.2), quiet(0.4)]
@@ -277,9 +290,17 @@ def test_examples_run(code: str, address: str, tmp_path: Path, capsys: pytest.Ca
     code, addresses = re.subn(r'"localhost:50051"', f'"{address}"', code)
     code, recordings = re.subn(r'(soundfile\.read\()"[^"]+"', rf'\1"{recording}"', code)
     code = re.sub(r"asyncio\.sleep\([\d.]+\)", "asyncio.sleep(0.001)", code)
-    assert addresses == recordings == 1
+    video = ".video(" in code
+    assert (addresses, recordings) == (1, 0 if video else 1)
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})
-    assert "burst2" in capsys.readouterr().out
+    if not video:
+        assert "burst2" in capsys.readouterr().out
+        return
+    assert "a red apple" in capsys.readouterr().out
+    (film,) = tmp_path.glob("*.mp4")
+    with av.open(str(film)) as container:
+        assert len(list(container.decode(video=0))) > 30
 
 
 def test_commands_in_indented_blocks_are_seen() -> None:

@@ -84,7 +84,7 @@ async def _run(file: Path, bundle: str | None) -> None:
         display = _Partials(out)
         async with connect(server.address) as client:
             summary = await transcribe(client, source, SpeechOptions(), display, pace=True)
-        metrics = await asyncio.to_thread(_read, server.metrics_url)
+        metrics = await asyncio.to_thread(read_metrics, server.metrics_url)
     out.print(f"\n[bold]{' '.join(summary.texts) or '(nothing was recognized)'}[/]\n")
     rows = [
         ("first partial, after its first word began", _ms(summary.first_partial)),
@@ -125,22 +125,24 @@ class _Partials:
 
 def figures(exposition: str) -> list[tuple[str, str]]:
     """A few figures of a Prometheus text exposition, ready to be shown."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    samples = [s for family in text_string_to_metric_families(exposition) for s in family.samples]
-
-    def total(name: str, labels: dict[str, str]) -> float:
-        return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
-
-    rows = [(text, f"{total(name, labels):,.6g}") for name, labels, text in _FIGURES]
+    rows = [(text, f"{total(exposition, name, **labels):,.6g}") for name, labels, text in _FIGURES]
     for name, text in _HISTOGRAMS:
-        count = total(f"{name}_count", {})
+        count = total(exposition, f"{name}_count")
         if count:
-            rows.append((text, f"{total(f'{name}_sum', {}) / count:.4f}"))
+            rows.append((text, f"{total(exposition, f'{name}_sum') / count:.4f}"))
     return rows
 
 
-def _read(url: str) -> str:
+def total(exposition: str, name: str, **labels: str) -> float:
+    """Sum of a metric's samples that have `labels`, of a Prometheus text exposition; 0 if there are none."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    samples = [s for family in text_string_to_metric_families(exposition) for s in family.samples]
+    return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
+
+
+def read_metrics(url: str) -> str:
+    """A server's metrics as text. Raises OSError."""
     with urllib.request.urlopen(url, timeout=10) as reply:
         return str(reply.read().decode())
 

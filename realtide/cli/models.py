@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from realtide.cli.errors import CommandError
 
 app = typer.Typer(help="Model bundles: list and verify them.", no_args_is_help=True)
+VIDEO_ENGINES = ("longlive",)
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON list.")]
 
 
@@ -97,14 +98,26 @@ def resolve(name: str) -> Path:
         raise CommandError(str(error)) from None
 
 
-def default() -> Path:
-    """The bundle that a command serves if none is named: the first that is found. Raises CommandError."""
+def default(kind: Literal["speech", "video"] = "speech") -> Path:
+    """The bundle that a command serves if none is named: the first of its kind. Raises CommandError."""
     from realtide import bundle
 
     for directory in _found(None).values():
-        return directory
+        if (_engine(directory) in VIDEO_ENGINES) == (kind == "video"):
+            return directory
     places = ", ".join(map(str, bundle.search_path()))
-    raise CommandError(f"there is no model bundle in {places}: name one with --bundle")
+    raise CommandError(f"there is no {kind} bundle in {places}: name one with --bundle")
+
+
+def _engine(directory: Path) -> str:
+    """The engine that a manifest names; empty if it cannot be read, which the server will say better."""
+    import yaml
+
+    try:
+        data = yaml.safe_load((directory / "manifest.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return ""
+    return str(data.get("engine", "")) if isinstance(data, dict) else ""
 
 
 def _found(places: list[Path] | None) -> dict[str, Path]:

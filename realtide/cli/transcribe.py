@@ -7,7 +7,7 @@ import contextlib
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,7 @@ from realtide.cli.errors import CommandError, UsageError
 if TYPE_CHECKING:
     from realtide.cli.audio import Source
     from realtide.cli.display import Display
+    from realtide.cli.own_server import OwnServer
     from realtide_client import SpeechOptions
 
 _SERVER, _AUDIO, _MODEL, _OUTPUT = "Server", "Audio", "Recognition", "Output"
@@ -162,7 +163,7 @@ async def _run(
     from realtide_client import connect
 
     async with contextlib.AsyncExitStack() as stack:
-        address = server or await start_server(stack, bundle)
+        address = server or (await start_server(stack, bundle, "speech")).address
         client = await stack.enter_async_context(connect(address, tls=tls, root_certificates=ca))
         display = _display(source, as_json)
         stop = asyncio.Event()
@@ -183,16 +184,18 @@ def _interrupt(stop: asyncio.Event) -> None:
     stop.set()
 
 
-async def start_server(stack: contextlib.AsyncExitStack, bundle: str | None) -> str:
-    """Start an own server that lives as long as `stack`, and give its address."""
+async def start_server(
+    stack: contextlib.AsyncExitStack, bundle: str | None, kind: Literal["speech", "video"]
+) -> OwnServer:
+    """Start an own server that lives as long as `stack`, with this bundle or the first one of the kind."""
     from rich.console import Console
 
     from realtide.cli import models
     from realtide.cli.own_server import own_server
 
-    served = models.resolve(bundle) if bundle else models.default()
+    served = models.resolve(bundle) if bundle else models.default(kind)
     with Console(stderr=True).status(f"Starting a server with {served.name} …"):
-        return (await stack.enter_async_context(own_server([served]))).address
+        return await stack.enter_async_context(own_server([served]))
 
 
 def _display(source: Source, as_json: bool) -> Display:

@@ -1,7 +1,8 @@
-"""Commands as a user runs them, against real servers with the burst engine of the server's tests.
+"""Commands as a user runs them, against real servers with the small engines of the server's tests.
 
-A bundle whose manifest says `engine: bursts` is served by that engine: a `sitecustomize` module, which
-Python imports at start, registers it in every child process.
+A bundle whose manifest says `engine: bursts` is served by the burst engine, and one that says
+`engine: longlive` by the clip engine: a `sitecustomize` module, which Python imports at start, registers them
+in every child process.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from realtide import bundle as bundles
 from realtide.cli.main import main
 from realtide.server.app import Server
 from realtide.server.config import ServerConfig
+from realtide.server.models import AnyEngine
 from tests.server.engine import BurstEngine, quiet, tone
 from tests.server.helpers import DEFAULTS
+from tests.server.video_engine import ClipEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = """
 from realtide.server import loading
 loading.ENGINES["bursts"] = "tests.cli.bursts"
+loading.ENGINES["longlive"] = "tests.cli.clips"
 """
 
 
@@ -97,6 +101,15 @@ def bundle(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.fixture
+def video_bundle(tmp_path: Path) -> Path:
+    """A bundle for the clip engine, beside that of `bundle`."""
+    directory = tmp_path / "models" / "clips"
+    directory.mkdir(parents=True)
+    (directory / "manifest.yaml").write_text("engine: longlive\nname: clips\n")
+    return directory
+
+
 @pytest.fixture(scope="session")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two utterances, of two words and of one, as 16-bit WAV."""
@@ -108,11 +121,21 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A server that runs while the module's tests do."""
+    """A server of speech that runs while the module's tests do."""
+    yield from _served(BurstEngine())
+
+
+@pytest.fixture(scope="module")
+def video_address() -> Iterator[str]:
+    """A server of video that runs while the module's tests do; a step takes 5 ms."""
+    yield from _served(ClipEngine(delay=0.005))
+
+
+def _served(engine: AnyEngine) -> Iterator[str]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = Server(ServerConfig(**DEFAULTS), [BurstEngine()])
+    server = Server(ServerConfig(**DEFAULTS), [engine])
     asyncio.run_coroutine_threadsafe(server.start(), loop).result()
     yield f"127.0.0.1:{server.port}"
     asyncio.run_coroutine_threadsafe(server.stop(), loop).result()

@@ -94,6 +94,8 @@ def test_rich_details_are_parsed_and_damaged_ones_left_out() -> None:
     error = from_status(grpc.StatusCode.INVALID_ARGUMENT, "bad", details)
     assert error.violations == (rt.FieldViolation("open.audio", "is required"),)
     assert str(error) == "bad (open.audio: is required)"
+    told = from_status(grpc.StatusCode.INVALID_ARGUMENT, "open.audio: is required", details)
+    assert str(told) == "open.audio: is required", "not twice"
     damaged = from_status(grpc.StatusCode.INTERNAL, "bug", (("grpc-status-details-bin", b"\xff\xff"),))
     assert (damaged.violations, str(damaged)) == ((), "bug")
 

@@ -46,7 +46,7 @@ class RealtideError(Exception):
         self.violations = violations
         self.retry_after = retry_after
         named = "; ".join(f"{v.field}: {v.description}" for v in violations)
-        super().__init__(f"{message} ({named})" if named else message)
+        super().__init__(f"{message} ({named})" if named and named not in message else message)
 
 
 class InvalidRequest(RealtideError):
