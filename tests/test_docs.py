@@ -232,16 +232,18 @@ def test_every_command_is_in_the_readme() -> None:
             assert f"`realtide {name} {last}".rstrip() in text, (name, last)
 
 
-def test_names_of_the_contract_that_the_api_page_uses_exist() -> None:
+@pytest.mark.parametrize("page", ["speech-api.md", "video-api.md"])
+def test_names_of_the_contract_that_the_api_pages_use_exist(page: str) -> None:
     sources = [
         *(ROOT / "proto" / "realtide" / "v1").glob("*.proto"),
-        ROOT / "clients" / "python" / "realtide_client" / "stream.py",
+        *(ROOT / "clients" / "python" / "realtide_client").glob("*.py"),
         ROOT / "realtide" / "cli" / "display.py",
+        ROOT / "realtide" / "server" / "config.py",
     ]
     known = set(re.findall(r"\w+", "\n".join(source.read_text() for source in sources)))
     names = [
         name
-        for code in INLINE.findall(prose(ROOT / "docs" / "speech-api.md"))
+        for code in INLINE.findall(prose(ROOT / "docs" / page))
         for name in re.findall(r"\w*_\w+", code)
         if not code.startswith(("realtide/", "proto/"))
     ]
@@ -294,13 +296,16 @@ def test_examples_run(
     assert (addresses, recordings) == (1, 0 if video else 1)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+    output = capsys.readouterr().out
     if not video:
-        assert "burst2" in capsys.readouterr().out
-        return
-    assert "a red apple" in capsys.readouterr().out
-    (film,) = tmp_path.glob("*.mp4")
-    with av.open(str(film)) as container:
-        assert len(list(container.decode(video=0))) > 30
+        assert "burst2" in output
+    elif ".mp4" not in code:
+        assert "shows the new prompt" in output
+    else:
+        assert "a red apple" in output
+        (film,) = tmp_path.glob("*.mp4")
+        with av.open(str(film)) as container:
+            assert len(list(container.decode(video=0))) > 30
 
 
 def test_commands_in_indented_blocks_are_seen() -> None:
@@ -311,7 +316,7 @@ def test_commands_in_indented_blocks_are_seen() -> None:
 
 def test_there_are_examples() -> None:
     names = {str(param.id).rpartition("-")[0] for param in EXAMPLES}
-    assert names >= {"README.md", "docs/speech-api.md", "clients/python/README.md"}
+    assert names >= {"README.md", "docs/speech-api.md", "docs/video-api.md", "clients/python/README.md"}
 
 
 def test_the_engines_page_computes_what_it_says() -> None:

@@ -70,14 +70,15 @@ class VideoSession(StreamSession):
         return self._plan_for(model, message.credit, None, lambda engine, options: engine.open(options))
 
     def plan_resume(self, header: checkpoint.Header, state: bytes) -> Plan:
-        """Everything is as the checkpoint says; the seal vouches for it."""
+        """Everything is as the checkpoint says, if this server's limits allow it."""
         setup = pb.VideoOpened()
         try:
             setup.ParseFromString(header.setup)
         except DecodeError:
             raise misfit("damaged setup") from None
         model = of_checkpoint(self.host.models, VideoModel, header.model)
-        self._options, self._paused = setup.options, setup.paused
+        self._options = Fields(model.info, self.config).options(setup.options, "resume.checkpoint")
+        self._paused = setup.paused
         self._interval = setup.session.checkpoint_interval_ms
         return self._plan_for(
             model, header.position, header, lambda engine, options: engine.restore(state, options)

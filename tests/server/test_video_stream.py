@@ -405,6 +405,13 @@ async def test_checkpoints_that_do_not_fit() -> None:
             field, problem = violation(error)
             assert field == "resume.checkpoint"
             assert words in problem
+        # Where no key is configured a seal keeps nobody from writing what he likes.
+        setup = video_pb2.VideoOpened.FromString(header.setup)
+        setup.options.width = 1 << 30
+        call = server.stream()
+        forged = seal(replace(header, setup=setup.SerializeToString()), state, None)
+        await call.write(Request(resume=common_pb2.Resume(checkpoint=forged)))
+        assert violation(await failure(call))[0] == "resume.checkpoint.width"
         await server.all_free()
 
 
