@@ -15,10 +15,10 @@ BASE ?= $(shell git rev-parse -q --verify origin/main 2>/dev/null || git describ
 help: ## Show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
-demo: $(VENV)/.serving ## Serve the bundled model and transcribe a real recording live (installs no PyTorch)
+demo: $(VENV)/.serving ## Serve the bundled models: transcribe a recording live, generate a clip (no PyTorch)
 	@$(BIN)/realtide demo
 
-serve: $(VENV)/.serving ## Serve the bundled model
+serve: $(VENV)/.serving ## Serve the bundled models
 	@$(BIN)/realtide serve
 
 test: lint ## Lint, then run every test

@@ -11,6 +11,8 @@ import typer
 from realtide.cli.errors import CommandError
 
 app = typer.Typer(help="Model bundles: list and verify them.", no_args_is_help=True)
+Kind = Literal["speech", "video"]
+KINDS: tuple[Kind, ...] = ("speech", "video")
 VIDEO_ENGINES = ("longlive",)
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON list.")]
 
@@ -98,7 +100,7 @@ def resolve(name: str) -> Path:
         raise CommandError(str(error)) from None
 
 
-def default(kind: Literal["speech", "video"] = "speech") -> Path:
+def default(kind: Kind = "speech") -> Path:
     """The bundle that a command serves if none is named: the first of its kind. Raises CommandError."""
     from realtide import bundle
 

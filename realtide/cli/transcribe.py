@@ -7,7 +7,7 @@ import contextlib
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from realtide.cli.errors import CommandError, UsageError
 if TYPE_CHECKING:
     from realtide.cli.audio import Source
     from realtide.cli.display import Display
+    from realtide.cli.models import Kind
     from realtide.cli.own_server import OwnServer
     from realtide_client import SpeechOptions
 
@@ -184,9 +185,7 @@ def _interrupt(stop: asyncio.Event) -> None:
     stop.set()
 
 
-async def start_server(
-    stack: contextlib.AsyncExitStack, bundle: str | None, kind: Literal["speech", "video"]
-) -> OwnServer:
+async def start_server(stack: contextlib.AsyncExitStack, bundle: str | None, kind: Kind) -> OwnServer:
     """Start an own server that lives as long as `stack`, with this bundle or the first one of the kind."""
     from rich.console import Console
 

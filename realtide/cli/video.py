@@ -145,9 +145,9 @@ def command(
 
     Example: realtide video --prompt "a red apple moves to the right on a blue background" --out apple.mp4
 
-    Example: realtide video -p "a red apple jumps" --at 4 "a red apple falls" --seconds 8 --seed 7 --out a.mp4
+    Example: realtide video -p "a red apple moves up" --at 4 "a red apple stops" --seconds 8 --out a.mp4
 
-    Example: realtide video --prompt "a frog spins" --endless --out - | ffplay -
+    Example: realtide video --prompt "a frog moves clockwise" --endless --out - | ffplay -
     """
     changes = _changes(at or [])
     if sum((seconds is not None, frames is not None, endless)) > 1:

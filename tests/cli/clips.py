@@ -9,4 +9,4 @@ from tests.server.video_engine import ClipEngine
 
 
 def load(bundle: Path, *, slots: int, **_: Any) -> ClipEngine:
-    return ClipEngine(slots, model=bundle.name, delay=0.005)
+    return ClipEngine(slots, model=bundle.name, delay=0.005, max_prompt_tokens=32)

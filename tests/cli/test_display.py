@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
+import shutil
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from realtide.cli import audio
@@ -128,6 +133,52 @@ def test_the_demo_serves_streams_and_measures(
     assert figure["slots leaked"].strip() == "0"
     assert figure["mean lookahead"].strip() == "80 ms"
     assert "mean step (each stage), s" in figure
+
+
+def test_the_demo_shows_both_engines_of_one_server(
+    run: Run, process: Process, bundle: Path, video_bundle: Path, recording: Path
+) -> None:
+    done = run("demo", recording, "--out", "made")
+    assert (done.code, done.err) == (0, "")
+    assert "Serving bursts and clips on 127.0.0.1:" in done.out
+    assert "\nburst1 burst2 burst1\n" in done.out
+    story = [line for line in done.out.splitlines() if "a red apple" in line]
+    assert "0.00 s  a red apple moves to the right" in story[0]
+    assert "asking for: a red apple moves up" in story[1]
+    assert "s  a red apple moves up" in story[2]
+    assert float(story[1].split()[0]) < float(story[2].split()[0]) < 6
+    figure = {
+        name: value.strip()
+        for name, _, value in (line.strip().partition("  ") for line in done.out.splitlines())
+    }
+    assert re.fullmatch(r"\d+ / \d+ / \d+", figure["frames/s denoised / decoded / delivered"])
+    assert figure["of that, recaching"] == "25 ms"
+    assert figure["frames delivered"] == "96"
+    assert figure["slots leaked"] == "0"
+    assert float(figure["prompt to first frame inside the server, s"]) > 0
+    with av.open("made/clip.mp4") as container:
+        assert len(list(container.decode(video=0))) == 96
+    with Image.open("made/clip.png") as sheet:
+        assert sheet.format == "PNG"
+
+
+def test_the_demo_with_a_video_bundle_alone_needs_no_recording(
+    run: Run, process: Process, video_bundle: Path
+) -> None:
+    done = run("demo")
+    assert (done.code, done.err) == (0, "")
+    assert "Streaming" not in done.out
+    place = re.search(r"The clip: (\S+/clip\.mp4)", done.out)
+    assert place is not None
+    clip = Path(place[1])
+    assert clip.stat().st_size > 1000
+    shutil.rmtree(clip.parent)
+
+
+def test_the_demo_without_any_bundle_says_so(run: Run) -> None:
+    done = run("demo")
+    assert (done.code, done.out) == (1, "")
+    assert "there is no speech bundle" in done.err
 
 
 def test_figures_are_read_from_an_exposition() -> None:
