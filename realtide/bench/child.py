@@ -12,12 +12,19 @@ import json
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
-from realtide.bench.plan import Plan
 from realtide.cli.errors import CommandError
 
 Tell = Callable[[dict[str, Any]], None]
+
+
+class Plan(Protocol):
+    """What a child is told."""
+
+    def to_json(self) -> str:
+        """The plan as text, which the child reads."""
+        ...
 
 
 def serve(work: Callable[[str, Tell], dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-_PACKAGES = ("realtide", "onnxruntime", "numpy", "grpcio", "torch")
+_PACKAGES = ("realtide", "onnxruntime", "numpy", "grpcio", "torch", "av")
 
 
 def machine() -> dict[str, Any]:

@@ -28,11 +28,13 @@ app.command("replay")(replay.command)
 app.add_typer(models.app, name="models")
 
 # Benchmarks are part of a source tree; an installation without them has no such command.
-_BENCHMARKS = ("speech", "lookahead")
+_BENCHMARKS = ("speech", "lookahead", "video")
 
 
 def _bench() -> typer.Typer | None:
-    group = typer.Typer(help="Measure: streams held in real time, and what lookahead costs and gains.")
+    group = typer.Typer(
+        help="Measure: speech held in real time, what lookahead costs and gains, frames of video."
+    )
     found = False
     for name in _BENCHMARKS:
         if importlib.util.find_spec("realtide.bench") and importlib.util.find_spec(f"realtide.bench.{name}"):
