@@ -112,7 +112,6 @@ class FragmentedMp4:
         self._width, self._height = width, height
         self._crf = crf
         self.group = max(round(_FRAGMENT_SECONDS * frames_per_second), 1)
-        self._fragments = 0
         self._opened: _H264 | None = None
         self._closed = False
         # Held by a call and tried by `close`: who of them comes last frees.
@@ -142,7 +141,6 @@ class FragmentedMp4:
         if self._opened is None:
             self._opened = _H264(self._width, self._height, self._rate, self._crf)
             initialization = self._opened.initialization
-        self._fragments += 1
         packets = [
             packet
             for index, frame in enumerate(frames)
@@ -150,7 +148,7 @@ class FragmentedMp4:
         ]
         if len(packets) != len(frames):
             raise RuntimeError(f"x264 gave {len(packets)} packets for {len(frames)} frames")
-        return Encoded(self._opened.fragment(self._fragments, packets), initialization)
+        return Encoded(self._opened.fragment(first, packets), initialization)
 
 
 class _H264:
@@ -197,8 +195,8 @@ class _H264:
             packet.duration = 1  # or the last one of a fragment has none
         return packets
 
-    def fragment(self, number: int, packets: list[Any]) -> bytes:
-        """Write packets as fragment `number`, from 1.
+    def fragment(self, first: int, packets: list[Any]) -> bytes:
+        """Write the packets of frames from `first` on.
 
         A muxer ends a fragment when the next one begins, which would hold it back by one. So each gets a
         muxer of its own, told that it goes on in the middle of a file; the header that it writes is dropped.
@@ -206,7 +204,8 @@ class _H264:
         written = io.BytesIO()
         options = {
             "movflags": _MOVFLAGS + "+frag_discont",
-            "fragment_index": str(number),
+            # Numbers only have to rise; those of frames do so across a resume too.
+            "fragment_index": str(first % (1 << 31) + 1),
             "avoid_negative_ts": "disabled",  # or times would start from 0 again
         }
         with self._av.open(written, "w", format="mp4", options=options) as container:

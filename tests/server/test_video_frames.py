@@ -123,7 +123,18 @@ def test_nothing_is_held_back() -> None:
     encoder.close()
 
 
-@pytest.mark.parametrize("start", [1000, 10**9])
+def test_fragments_are_numbered_upwards_across_a_resume() -> None:
+    numbers = []
+    for start in (0, 8):
+        encoder = FragmentedMp4(64, 48, 16, 20)
+        for part in encoded(encoder, clip(8, 64, 48, start), (3, 1), start):
+            (number,) = struct.unpack_from(">I", part.data, part.data.index(b"mfhd") + 8)
+            numbers.append(number)
+        encoder.close()
+    assert numbers == sorted(set(numbers))
+
+
+@pytest.mark.parametrize("start", [1000, 10**9, 2**31 - 6])
 def test_a_resumed_film_goes_on_at_its_time(start: int) -> None:
     """Another encoder, from a frame in the middle: its first frame needs none before, times go on."""
     frames = clip(12, 64, 48, start)
