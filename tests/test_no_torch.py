@@ -22,6 +22,7 @@ NEEDS_TORCH = frozenset(
         "realtide.engines.ancat.stream",
         "realtide.engines.ancat.training",
         "realtide.engines.longlive.export",
+        "realtide.engines.longlive.int8",
         "realtide.engines.longlive.rows",
         "realtide.engines.longlive.steps",
         "realtide.engines.longlive.text",

@@ -317,7 +317,7 @@ async def test_a_reader_that_stops_is_not_stepped_and_goes_on_later() -> None:
         for _ in range(50):
             async with asyncio.timeout(5):
                 await slow.get()
-        assert made.executor.parked == 0
+        await until(lambda: made.executor.parked == 0)
         assert sum("s0" in batch for batch in engine.batches) == 50
 
 
