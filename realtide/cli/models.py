@@ -1,4 +1,4 @@
-"""`realtide models`: which bundles there are, and whether their files are what their manifests say."""
+"""`realtide models`: which bundles there are, whether their files are sound, and bundles of public models."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from realtide.cli import convert
 from realtide.cli.errors import CommandError
 
-app = typer.Typer(help="Model bundles: list and verify them.", no_args_is_help=True)
+app = typer.Typer(help="Model bundles: list, verify and make them.", no_args_is_help=True)
+app.add_typer(convert.app, name="convert")
 Kind = Literal["speech", "video"]
 KINDS: tuple[Kind, ...] = ("speech", "video")
 VIDEO_ENGINES = ("longlive",)

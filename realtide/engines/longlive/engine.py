@@ -28,7 +28,8 @@ from realtide.engines.longlive.config import (
     session_bytes,
 )
 from realtide.engines.longlive.decoding import FrameWorker
-from realtide.engines.longlive.programs import HalfPrograms, Passes, Stages, VideoPrograms
+from realtide.engines.longlive.layout import DECODE, PASSES, TEXT, TEXT_GRAPH, TRANSFORMER, VAE
+from realtide.engines.longlive.programs import HalfPrograms, VideoPrograms
 from realtide.engines.longlive.session import Parts, VideoSession, unpack
 from realtide.engines.longlive.timeline import Timeline
 from realtide.engines.longlive.tokenizer import PromptTokenizer
@@ -40,10 +41,6 @@ from realtide.engines.runtime.weights import WeightFile
 
 Float32 = NDArray[np.float32]
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
-# Names of a bundle's graphs, and what is before the release's weight names in its weight file.
-PASSES = Passes("prompt", "denoise", "clean", "recache")
-DECODE = Stages("decode_first", "decode_next")
-TRANSFORMER, VAE, TEXT = "transformer.", "vae.", "text."
 
 
 class LongLiveEngine:
@@ -293,7 +290,7 @@ def _onnx(
         keys, features = _state(config, vae)
         over = onnx_programs.video_over(passes, keys), onnx_programs.half_over(halves, features)
         caches.append(Cache(over[0], keys, over[1], features))
-    return onnx_programs.text_program(graph("text"), weights, options), caches
+    return onnx_programs.text_program(graph(TEXT_GRAPH), weights, options), caches
 
 
 def _torch(

@@ -332,7 +332,8 @@ class WanVae(nn.Module):
         self.conv2 = CausalConv(config.latent, config.latent, (1, 1, 1))
         self.decoder = Decoder(config)
         for name in ("mean", "std"):
-            values = torch.tensor(getattr(config, name), dtype=torch.float32).reshape(-1, 1, 1)
+            # On the processor even where the rest has no values: no checkpoint holds these.
+            values = torch.tensor(getattr(config, name), dtype=torch.float32, device="cpu").reshape(-1, 1, 1)
             self.register_buffer(name, values, persistent=False)
 
     def decode(self, latents: Tensor, history: History) -> Tensor:

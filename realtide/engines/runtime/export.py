@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
 from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class ExportedProgram:
     info: GraphInfo
     weights: dict[str, Tensor]
     """The values of the graph's external initializers, by the names the graph uses."""
-    max_error: float
+    max_error: float | None
     """Largest absolute difference between the graph's results and the module's over all examples."""
 
 
@@ -57,6 +58,7 @@ def export_program(
     opset: int = 20,
     rename: Callable[[str], str] = str,
     tolerance: float = 1e-4,
+    check: bool = True,
 ) -> ExportedProgram:
     """Export, check and write one graph.
 
@@ -72,6 +74,8 @@ def export_program(
         opset: ONNX opset, 18 to 24 (what TensorRT and onnxruntime share).
         rename: maps a state_dict name of the module to the weight's name in the bundle.
         tolerance: largest absolute difference allowed between module and graph.
+        check: False: run nothing. Parameters, inputs and state must lie on the meta device, so that a model
+            of any size is exported without its weights.
 
     Raises:
         ProgramError: the graph cannot be bound in place, holds a large unnamed constant, or does not agree
@@ -82,7 +86,8 @@ def export_program(
     if len({rename(name) for name in module.state_dict()}) < len(module.state_dict()):
         raise ValueError("rename gives two weights one name")
     stored = {rename(name): value.detach() for name, value in module.state_dict().items()}
-    model = _trace(module, examples[0], state, outputs, dynamic or {}, opset)
+    with _buffers_on_meta(module, not check) as buffers:
+        model = _trace(module, examples[0], state, outputs, dynamic or {}, opset, buffers)
     _tidy(model.graph)
     kept = _strip(model, rename, set(module.state_dict()))
     check_in_place(model, {name: name + NEXT for name in state})
@@ -91,11 +96,11 @@ def export_program(
     if tuple(s.name for s in info.inputs) != names or {s.name for s in info.state} != set(state):
         raise ProgramError("the exporter dropped an input or a state tensor that the graph does not use")
     weights = {name: stored[name] for name in kept}
-    error = _verify(module, data, info, weights, examples, state)
-    if error > tolerance:
+    error = _verify(module, data, info, weights, examples, state) if check else None
+    if error is not None and error > tolerance:
         raise ProgramError(f"graph and module differ by {error:.3g}, more than {tolerance:.3g}")
     Path(path).write_bytes(data)
-    log.info("%s: %d nodes, %d bytes, error %.3g", path, len(model.graph.node), len(data), error)
+    log.info("%s: %d nodes, %d bytes, error %s", path, len(model.graph.node), len(data), error)
     return ExportedProgram(info, weights, error)
 
 
@@ -135,6 +140,7 @@ def _trace(
     outputs: Sequence[str],
     dynamic: Mapping[str, Mapping[int, str]],
     opset: int,
+    buffers: Mapping[str, Tensor],
 ) -> onnx.ModelProto:
     arguments = {**example, **{name: value.clone() for name, value in state.items()}}
     with warnings.catch_warnings(), torch.no_grad():
@@ -156,10 +162,18 @@ def _trace(
     # Weights become inputs while the graph is optimized, so that nothing is folded into them: the graph
     # must ask for them by their own names and in their own layout.
     graph = program.model.graph
+    for name, buffer in buffers.items():
+        if name in graph.initializers:
+            graph.initializers[name].const_value = onnx_ir.tensor(buffer.numpy(), name=name)
     opaque = []
     for name in sorted(set(module.state_dict()) & set(graph.initializers)):
         value = graph.initializers.pop(name)
-        opaque.append((value, value.const_value))
+        assert value.dtype is not None
+        assert isinstance(value.shape, onnx_ir.Shape)
+        empty = onnx_ir.ExternalTensor(
+            WEIGHTS_LOCATION, None, None, value.dtype, shape=value.shape, name=name
+        )
+        opaque.append((value, empty))
         value.const_value = None
         graph.inputs.append(value)
     with _without_split_search():
@@ -184,6 +198,27 @@ def _without_split_search() -> Iterator[None]:
         yield
     finally:
         del slice_split_rule.try_rewrite
+
+
+@contextlib.contextmanager
+def _buffers_on_meta(module: nn.Module, needed: bool) -> Iterator[dict[str, Tensor]]:
+    """Put buffers that are not stored on the meta device for a while; gives their values by name."""
+    taken: dict[str, Tensor] = {}
+    stored = module.state_dict()
+    try:
+        for name, value in list(module.named_buffers()):
+            if needed and name not in stored:
+                taken[name] = value
+                _set_buffer(module, name, value.to("meta"))
+        yield taken
+    finally:
+        for name, value in taken.items():
+            _set_buffer(module, name, value)
+
+
+def _set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, last = name.rpartition(".")
+    module.get_submodule(owner)._buffers[last] = value
 
 
 def _by_parameter(

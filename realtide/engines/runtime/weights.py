@@ -6,6 +6,7 @@ The graphs of a bundle carry no weights. Their initializers are named as the saf
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from realtide.engines.runtime.quantize import derived
 
 class WeightFile(Mapping[str, Array]):
     """A safetensors file as a read-only mapping. Tensors are read when asked for and not kept.
+
+    What is stored in bfloat16 is given in float32.
 
     Raises:
         ProgramError: the file is missing or is no safetensors file.
@@ -36,8 +39,21 @@ class WeightFile(Mapping[str, Array]):
     def __getitem__(self, name: str) -> Array:
         if name not in self._names:
             raise KeyError(name)
+        if self._file.get_slice(name).get_dtype() == "BF16":
+            return self._widened(name)
         array: Array = self._file.get_tensor(name)
         return array
+
+    def _widened(self, name: str) -> Array:
+        """A bfloat16 tensor as float32, whose upper half it is; numpy has no such type."""
+        with self._path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(length))[name]
+            start, end = entry["data_offsets"]
+            file.seek(8 + length + start)
+            halves = np.frombuffer(file.read(end - start), "<u2")
+        wide: Array = (halves.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+        return wide
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # Mapping's own would read the tensor to find out

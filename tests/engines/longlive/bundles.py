@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from realtide.bundle import write_manifest
 from realtide.engines.longlive.config import TextConfig
-from realtide.engines.longlive.engine import TEXT, TRANSFORMER, VAE
 from realtide.engines.longlive.export import export_decoder, export_text, export_video
+from realtide.engines.longlive.layout import TEXT, TRANSFORMER, VAE
 from realtide.engines.longlive.text import TextEncoder
 from realtide.engines.longlive.vae import WanVae
 from realtide.engines.runtime.program import Array
