@@ -162,9 +162,9 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., C, h, w] -> same."""
+        """x [..., C, h, w] -> same; computed in float32, whose squares have room."""
         scale = x.shape[-3] ** 0.5
-        normed: Tensor = F.normalize(x, dim=-3) * scale
+        normed: Tensor = F.normalize(x.float(), dim=-3).to(x.dtype) * scale
         return normed * self.gamma.reshape(-1, 1, 1)
 
 
