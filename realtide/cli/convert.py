@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from realtide.cli.errors import CommandError, UsageError
+from realtide.cli.replay import quiet
 
 if TYPE_CHECKING:
     from realtide.bundle import Precision
@@ -134,7 +135,8 @@ def longlive(
             height=height, width=width, block=block, window=window, sink=sink, rotary=rotary.value
         )
         graphs: tuple[Precision, ...] = tuple(dict.fromkeys(one.value for one in export or []))
-        done = _written(convert, model, out, card, stream, precision, graphs, check)
+        with quiet():
+            done = _written(convert, model, out, card, stream, precision, graphs, check)
     except (ValueError, ProgramError, OSError) as error:
         raise CommandError(str(error)) from None
     except ImportError as error:

@@ -59,7 +59,7 @@ def command(
     except ImportError as error:
         raise CommandError(f"replaying needs a package that is not installed: {error}") from None
     try:
-        with _quiet():
+        with quiet():
             report = replay.replay(case, backend.value)
     except (ValueError, ProgramError) as error:
         raise CommandError(str(error)) from None
@@ -78,8 +78,8 @@ def command(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns about its own internals, on standard error."""
+def quiet() -> Iterator[None]:
+    """Silence logging for a while: the exporter warns about its own internals, on standard error."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from realtide.bundle import Precision, load_bundle
+from realtide.engines.longlive import convert, layout
 from tests.cli.conftest import Run
 from tests.engines.longlive import checkpoints
 from tests.engines.longlive.test_convert import whole_vae
@@ -53,6 +55,31 @@ def test_a_release_becomes_a_bundle(run: Run, wan: Path) -> None:
     other = run("models", "convert", "longlive", "models/other", *options, "--precision", "float32")
     assert other.code == 0
     assert other.out.startswith("models/other: ")
+
+
+def test_graphs_are_exported_as_wanted(run: Run, wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the graphs hold is tested where they are made."""
+    asked: list[tuple[str, bool]] = []
+
+    def export(model: object, video: object, directory: Path, precision: Precision, check: bool) -> None:
+        asked.append((precision, check))
+        for program in layout.PROGRAMS:
+            path = directory / layout.graph_file(program, precision)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(program)
+
+    monkeypatch.setattr(convert, "_export", export)
+    options = ("--wan", wan, *SIZE, "--export", "float32", "--export", "float16", "--no-check", "--json")
+    done = run("models", "convert", "longlive", "models/small", *options)
+    assert (done.code, asked) == (0, [("float32", False), ("float16", False)])
+    result = json.loads(done.out)
+    assert (result["graphs"], result["checked"]) == (["float32", "float16"], False)
+    bundle = load_bundle("models/small")
+    assert bundle.manifest.precisions == ("float32", "float16")
+    assert bundle.graph("recache", "float16").relative_to(bundle.directory) == Path(
+        "onnx/float16/recache.onnx"
+    )
+    assert run("models", "verify", "small").out == "small: ok\n"
 
 
 def test_what_is_wrong_is_said_in_one_line(run: Run, wan: Path, tmp_path: Path) -> None:
