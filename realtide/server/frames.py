@@ -48,6 +48,10 @@ class FrameEncoder(Protocol):
         """
         ...
 
+    def start_at(self, index: int) -> None:
+        """Make the frame with this index, which is still to come, one that a player can start from."""
+        ...
+
     def close(self) -> None:
         """Free what the encoder holds; from any thread, any number of times, without waiting for a call."""
         ...
@@ -61,6 +65,9 @@ class RawRgb:
     def __call__(self, first: int, frames: Frames8) -> Encoded:
         """3 * width * height bytes a frame."""
         return Encoded(frames.tobytes())
+
+    def start_at(self, index: int) -> None:
+        """Every frame is one."""
 
     def close(self) -> None:
         """Nothing is held."""
@@ -87,6 +94,9 @@ class Jpeg:
         Image.fromarray(frames[0]).save(written, "JPEG", quality=self._quality, subsampling=subsampling)
         return Encoded(written.getvalue())
 
+    def start_at(self, index: int) -> None:
+        """Every frame is one."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -94,9 +104,9 @@ class Jpeg:
 class FragmentedMp4:
     """H.264 without reordering or delay, a fragment (`moof`, `mdat`) a call, in BT.709 and 4:2:0.
 
-    The first frame is one that a player can start from, as is one every two seconds. Times follow from the
-    frames' indices. A width or height that is odd grows by a copy of the last column or row: 4:2:0 has no
-    other.
+    The first frame is one that a player can start from, as is one every two seconds, and the one that
+    `start_at` names. Times follow from the frames' indices. A width or height that is odd grows by a copy of
+    the last column or row: 4:2:0 has no other.
 
     Args:
         width: in pixels.
@@ -113,6 +123,7 @@ class FragmentedMp4:
         self._crf = crf
         self.group = max(round(_FRAGMENT_SECONDS * frames_per_second), 1)
         self._opened: _H264 | None = None
+        self._start = -1
         self._closed = False
         # Held by a call and tried by `close`: who of them comes last frees.
         self._busy = threading.Lock()
@@ -124,6 +135,10 @@ class FragmentedMp4:
         if self._closed:
             self.close()
         return encoded
+
+    def start_at(self, index: int) -> None:
+        """Encode the frame without reference to those before it; the last index said counts."""
+        self._start = index
 
     def close(self) -> None:
         """Free the encoder; if a call is under way, its end does."""
@@ -144,7 +159,7 @@ class FragmentedMp4:
         packets = [
             packet
             for index, frame in enumerate(frames)
-            for packet in self._opened.packets(first + index, frame)
+            for packet in self._opened.packets(first + index, frame, first + index == self._start)
         ]
         if len(packets) != len(frames):
             raise RuntimeError(f"x264 gave {len(packets)} packets for {len(frames)} frames")
@@ -156,9 +171,10 @@ class _H264:
 
     def __init__(self, width: int, height: int, rate: Fraction, crf: int) -> None:
         import av
+        from av.video.frame import PictureType
         from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 
-        self._av = av
+        self._av, self._intra = av, PictureType.I
         self._time_base = 1 / rate
         self._edges = ((0, height % 2), (0, width % 2), (0, 0))
         self._reformatter = VideoReformatter()
@@ -184,12 +200,14 @@ class _H264:
         self._container.start_encoding()
         self.initialization = header.getvalue()
 
-    def packets(self, index: int, frame: Frames8) -> list[Any]:
-        """Encode frame [height, width, 3] with its index."""
+    def packets(self, index: int, frame: Frames8, start: bool) -> list[Any]:
+        """Encode frame [height, width, 3] with its index; `start`: a player can start from it."""
         padded = np.pad(frame, self._edges, "edge") if any(after for _, after in self._edges) else frame
         picture = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(padded), format="rgb24")
         picture = self._reformatter.reformat(picture, **self._colours)
         picture.pts, picture.time_base = index, self._time_base
+        if start:
+            picture.pict_type = self._intra  # x264 makes an IDR frame of it: its groups are closed
         packets = self._stream.encode(picture)
         for packet in packets:
             packet.duration = 1  # or the last one of a fragment has none

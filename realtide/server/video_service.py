@@ -48,6 +48,7 @@ class VideoSession(StreamSession):
         self._options = pb.VideoOptions()
         self._interval = 0
         self._paused = False
+        self._resuming = False
         self._sent = 0
         self._waiting = 0.0  # since when nothing is owed to the client, if nothing is
 
@@ -93,6 +94,7 @@ class VideoSession(StreamSession):
     ) -> Plan:
         start = 0 if resumed is None else resumed.position
         self._sent, self._credit = start, credit
+        self._resuming = resumed is not None  # until the first credit
         self._fields = Fields(model.info, self.config)
         self._encoder = encoder_for(self._options)
         options = engine_options(self._options, credit, self._encoder)
@@ -133,6 +135,10 @@ class VideoSession(StreamSession):
         position = request.credit.position
         self._fields.credit(position, self.received, self._sent, self._options, "credit.position")
         if position > self.received:
+            if self._resuming:
+                # A client that has frames beyond the checkpoint grants up to where it has them.
+                self._encoder.start_at(position)
+                self._resuming = False
             # Each is higher than the one before and there is a highest, so that few can be queued.
             self.received = position
             self._meter.credit(position)

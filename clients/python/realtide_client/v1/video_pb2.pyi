@@ -34,6 +34,9 @@ class _VideoEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VideoEn
     """H.264 in fragmented MP4 (ISO BMFF): an initialization segment once, then a fragment (`moof`, `mdat`) a message.
     Written one after the other they are a file that plays; a browser takes them as a Media Source. Colour is BT.709 with
     half the resolution (4:2:0), so an odd width or height grows by a copy of the last column or row.
+    Times are those of the frames' positions, after a resume too. A player can start from the first frame, from one every
+    few seconds, and in a resumed session from the first frame beyond the first credit: a client that has frames beyond
+    the checkpoint grants credit up to where it has them, drops what comes, and goes on from there.
     """
 
 class VideoEncoding(_VideoEncoding, metaclass=_VideoEncodingEnumTypeWrapper):
@@ -49,6 +52,9 @@ VIDEO_ENCODING_H264_FMP4: VideoEncoding.ValueType  # 3
 """H.264 in fragmented MP4 (ISO BMFF): an initialization segment once, then a fragment (`moof`, `mdat`) a message.
 Written one after the other they are a file that plays; a browser takes them as a Media Source. Colour is BT.709 with
 half the resolution (4:2:0), so an odd width or height grows by a copy of the last column or row.
+Times are those of the frames' positions, after a resume too. A player can start from the first frame, from one every
+few seconds, and in a resumed session from the first frame beyond the first credit: a client that has frames beyond
+the checkpoint grants credit up to where it has them, drops what comes, and goes on from there.
 """
 Global___VideoEncoding: _TypeAlias = VideoEncoding  # noqa: Y015
 
