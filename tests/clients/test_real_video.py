@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 from typing import Any
 
@@ -134,25 +135,62 @@ async def test_a_server_that_vanishes_is_replaced_by_one_on_the_same_port(interv
     assert prompts(events) == history
 
 
-async def test_a_film_whose_server_vanished_still_plays() -> None:
-    """The seam is where the first server's frames ended, in the middle of the second one's."""
-    async with clips(checkpoint_key=KEY, grace_seconds=0.0) as first:
-        port = first.server.port
-        client = rt.connect(f"127.0.0.1:{port}")
-        stream = client.video(
-            prompt="a cat", encoding="h264", seed=200, length_frames=120, retry=PATIENT,
-            checkpoint_interval_ms=1000,
-        )  # fmt: skip
-        await stream.open()
-        events = await take(stream, until=50)
-        await until(lambda: stream.received >= 50 + 25)
-        await asyncio.sleep(0.05)
-        seen = stream.received
-    async with clips(checkpoint_key=KEY, port=port):
-        events += await take(stream)
-    await stream.close()
-    await client.close()
-    assert stream.reconnects == 1
+class Wire:
+    """A line to a server that can be cut."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._writers: list[asyncio.StreamWriter] = []
+        self._pumps: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> int:
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.cut()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    def cut(self) -> None:
+        """Break every connection."""
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        onwards, outwards = await asyncio.open_connection("127.0.0.1", self._to)
+        self._writers += [writer, outwards]
+        for source, target in ((reader, outwards), (onwards, writer)):
+            self._pumps.append(asyncio.create_task(self._pump(source, target)))
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(1 << 16):
+                target.write(data)
+                await target.drain()
+
+
+async def test_a_film_whose_connection_broke_still_plays() -> None:
+    """The seam is where the frames ended, beyond the checkpoint and in the middle of a group of pictures."""
+    async with clips() as server:
+        wire = Wire(server.server.port)
+        async with wire as port, rt.connect(f"127.0.0.1:{port}") as client:
+            async with client.video(
+                prompt="a cat", encoding="h264", seed=200, length_frames=120, retry=PATIENT,
+                checkpoint_interval_ms=4000,
+            ) as stream:  # fmt: skip
+                events = await take(stream, until=50)
+                await until(lambda: stream.received >= 50 + 25)  # credit is given by eights
+                await asyncio.sleep(0.05)
+                seen, state = stream.received, stream.last_checkpoint
+                wire.cut()
+                events += await take(stream)
+            assert stream.reconnects == 1
+        await server.all_free()
+    assert state is not None
+    assert state.position < seen, "frames in between come again"
     frames = [event for event in events if isinstance(event, rt.Frames)]
     assert [frame.position for frame in frames[1:]] == [frame.end for frame in frames[:-1]]
     assert [bool(frame.initialization) for frame in frames] == [True] + [False] * (len(frames) - 1)
@@ -166,6 +204,30 @@ async def test_a_film_whose_server_vanished_still_plays() -> None:
     shown = [frame.to_ndarray(format="rgb24").reshape(-1, 3) for frame in decoded]
     for pixels, colours in zip(shown, wanted(120, 200, (0, "a cat")), strict=True):
         assert (abs(pixels.astype(int) - colours) < 10).all()
+
+
+async def test_a_broken_connection_loses_and_repeats_nothing() -> None:
+    async with clips() as server:
+        wire = Wire(server.server.port)
+        async with wire as port, rt.connect(f"127.0.0.1:{port}") as client:
+            async with client.video(
+                prompt="a cat", seed=4, length_frames=150, retry=PATIENT, checkpoint_interval_ms=1000
+            ) as stream:
+                controls = [await stream.set_prompt("a cow", at_frame=10)]
+                events = await take(stream, until=45)
+                controls += [
+                    await stream.set_prompt("a dog"),
+                    await stream.set_prompt("a fish", at_frame=110),
+                ]
+                await until(lambda: stream.received >= 45 + 25)
+                wire.cut()
+                events += await take(stream)
+                places = [(await control.applied()).position for control in controls]
+            assert stream.reconnects == 1
+        await server.all_free()
+    history = [(0, "a cat"), *zip(places, ("a cow", "a dog", "a fish"), strict=True)]
+    assert film(events) == wanted(150, 4, *history)
+    assert prompts(events) == history
 
 
 async def test_a_full_server_refuses_with_a_delay_and_takes_the_session_once_a_slot_is_free() -> None:
