@@ -43,6 +43,7 @@ format: $(VENV)/.dev ## Put code and proto into the house style
 
 bench: $(VENV)/.dev ## Benchmarks that need no prepared data; docs/benchmarks.md has the others
 	$(BIN)/realtide bench speech --compare --out benchmarks/results/speech.json
+	$(BIN)/realtide bench video --long 240 --out benchmarks/results/video.json
 	$(BIN)/python benchmarks/encoder_cost.py --adaptive models/ancat-commands-en
 	$(BIN)/python benchmarks/memory.py --bundle models/ancat-commands-en
 

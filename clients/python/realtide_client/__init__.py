@@ -19,8 +19,8 @@ from realtide_client.errors import (
     StreamLost,
     Unavailable,
 )
+from realtide_client.receipts import Control
 from realtide_client.retry import RetryPolicy
-from realtide_client.session import Control
 from realtide_client.stream import SpeechStream
 from realtide_client.types import (
     Accepted,

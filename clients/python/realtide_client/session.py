@@ -9,7 +9,6 @@ and the rest is sent again.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -22,6 +21,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from realtide_client import errors
 from realtide_client import types as t
 from realtide_client.link import Kind, Link, Request, Response, Target
+from realtide_client.receipts import Control, Receipts
 from realtide_client.replay import Entry, ReplayLog
 from realtide_client.retry import RetryPolicy
 from realtide_client.v1 import common_pb2
@@ -35,24 +35,6 @@ Info = TypeVar("Info")
 class _Ended(Enum):
     OK = 1
     GOING_AWAY = 2
-
-
-class Control:
-    """A control on its way. Await `accepted()` and `applied()` for its two receipts."""
-
-    def __init__(self, control_id: str) -> None:
-        self.control_id = control_id
-        loop = asyncio.get_running_loop()
-        self._accepted: asyncio.Future[t.Accepted] = loop.create_future()
-        self._applied: asyncio.Future[t.Applied] = loop.create_future()
-
-    async def accepted(self) -> t.Accepted:
-        """Wait until the server has validated it. Raises what ended the stream, if it ended before."""
-        return await asyncio.shield(self._accepted)
-
-    async def applied(self) -> t.Applied:
-        """Wait until it has taken effect. Raises what ended the stream, if it ended before."""
-        return await asyncio.shield(self._applied)
 
 
 class Session(ABC, Generic[Item, Info]):
@@ -83,7 +65,6 @@ class Session(ABC, Generic[Item, Info]):
         self._open_timeout = open_timeout
         self._interval_ms = checkpoint_interval_ms if self._retry.max_retries else 0
         self._checkpoint = resume
-        self._ids = itertools.count(1)
         self._failures = 0
         self._moving = False
         self._finishing = False
@@ -92,8 +73,7 @@ class Session(ABC, Generic[Item, Info]):
         self._error: errors.RealtideError | None = None
         self._info: Info | None = None
         self._log: ReplayLog | None = None
-        self._controls: dict[str, Control] = {}
-        self._checkpoints: dict[str, asyncio.Future[t.Checkpoint]] = {}
+        self._receipts = Receipts()
         self._results: deque[Item] = deque()
         self._result_ready = asyncio.Event()
         self._result_room = asyncio.Event()
@@ -204,9 +184,7 @@ class Session(ABC, Generic[Item, Info]):
             RealtideError: What ended the stream before the answer came.
         """
         self._check_input()
-        key = f"checkpoint-{next(self._ids)}"
-        future: asyncio.Future[t.Checkpoint] = asyncio.get_running_loop().create_future()
-        self._checkpoints[key] = future
+        key, future = self._receipts.checkpoint()
         request = common_pb2.CheckpointRequest(request_id=key)
         self._buffer.append_message(key, self._kind.request(checkpoint_request=request))
         self._to_send.set()
@@ -255,8 +233,8 @@ class Session(ABC, Generic[Item, Info]):
 
     def _control(self, make: Callable[[str], Any]) -> Control:
         self._check_input()
-        key = f"control-{next(self._ids)}"
-        control = self._controls[key] = Control(key)
+        control = self._receipts.control()
+        key = control.control_id
         self._buffer.append_message(key, self._kind.request(control=make(key)))
         self._to_send.set()
         return control
@@ -267,14 +245,7 @@ class Session(ABC, Generic[Item, Info]):
             return
         self._ended = True
         self._error = error
-        reason = error or errors.StreamClosed("the stream ended before the answer came")
-        waiting: list[asyncio.Future[t.Accepted] | asyncio.Future[t.Applied] | asyncio.Future[t.Checkpoint]]
-        waiting = [f for c in self._controls.values() for f in (c._accepted, c._applied)]
-        waiting += self._checkpoints.values()
-        for future in waiting:
-            if not future.done():
-                future.set_exception(reason)
-                future.exception()  # nobody need wait for it
+        self._receipts.fail(error or errors.StreamClosed("the stream ended before the answer came"))
         for event in (self._result_ready, self._result_room, self._to_send, self._send_room, self._opened):
             event.set()
 
@@ -418,19 +389,12 @@ class Session(ABC, Generic[Item, Info]):
         arrived = time.monotonic()
         match response.WhichOneof("message"):
             case "accepted":
-                accepted = response.accepted
-                control = self._controls.get(accepted.control_id)
-                if control is not None and not control._accepted.done():
-                    control._accepted.set_result(t.Accepted(accepted.control_id, accepted.position))
+                self._receipts.on_accepted(response.accepted)
             case "applied":
                 applied = response.applied
                 self._buffer.settle(applied.control_id)
                 self._on_applied(applied.control_id, applied.position)
-                control = self._controls.pop(applied.control_id, None)
-                if control is not None and not control._applied.done():
-                    control._applied.set_result(
-                        t.Applied(applied.control_id, applied.position, applied.delay_seconds)
-                    )
+                self._receipts.on_applied(applied)
             case "checkpoint":
                 self._on_checkpoint(response.checkpoint)
             case None:
@@ -446,9 +410,7 @@ class Session(ABC, Generic[Item, Info]):
             self._checkpoint = checkpoint
             self._cover(checkpoint)
         self._buffer.forget(message.request_id)
-        future = self._checkpoints.pop(message.request_id, None)
-        if future is not None and not future.done():
-            future.set_result(checkpoint)
+        self._receipts.on_checkpoint(message.request_id, checkpoint)
 
     async def _publish(self, item: Item) -> None:
         while len(self._results) >= self._queue and not self._ended:

@@ -12,9 +12,9 @@ from realtide_client import wire
 from realtide_client.audio import Samples, encode, sample_bytes
 from realtide_client.link import SPEECH, Request, Target
 from realtide_client.progress import Progress
+from realtide_client.receipts import Control as Control
 from realtide_client.replay import Audio, Entry, ReplayLog
 from realtide_client.retry import RetryPolicy
-from realtide_client.session import Control as Control
 from realtide_client.session import Session
 from realtide_client.v1 import common_pb2, speech_pb2
 

@@ -8,7 +8,7 @@ from collections.abc import Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from realtide_client import client, errors, session, stream, video
+from realtide_client import client, errors, receipts, session, stream, video
 from realtide_client import types as t
 from realtide_client import video_types as v
 from realtide_client.audio import Samples
@@ -65,7 +65,7 @@ class _Loop:
 class Control:
     """A control on its way; see `realtide_client.Control`."""
 
-    def __init__(self, loop: _Loop, control: session.Control) -> None:
+    def __init__(self, loop: _Loop, control: receipts.Control) -> None:
         self._loop = loop
         self._control = control
         self.control_id = control.control_id
@@ -138,7 +138,7 @@ class _Stream(Generic[Item, Info]):
     async def _next(self) -> Item:
         return await self._session.__anext__()
 
-    def _control(self, work: Coroutine[Any, Any, session.Control]) -> Control:
+    def _control(self, work: Coroutine[Any, Any, receipts.Control]) -> Control:
         return Control(self._loop, self._loop.wait(work))
 
 

@@ -21,9 +21,10 @@ from realtide_client import errors, video_wire
 from realtide_client import types as t
 from realtide_client import video_types as v
 from realtide_client.link import VIDEO, Request, Target
+from realtide_client.receipts import Control
 from realtide_client.replay import Entry, Message, ReplayLog
 from realtide_client.retry import RetryPolicy
-from realtide_client.session import Control, Session
+from realtide_client.session import Session
 from realtide_client.v1 import common_pb2, video_pb2
 
 
