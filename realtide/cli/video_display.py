@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from realtide.cli.video_session import Summary
@@ -120,7 +121,7 @@ class PlainVideo:
     def prompt(self, event: PromptApplied) -> None:
         """Say from when on it is in force."""
         rate = self._info.frames_per_second if self._info is not None else 1.0
-        line = f"{event.first_frame / rate:7.2f} s  {event.prompt}"
+        line = f"{event.first_frame / rate:7.2f} s  {escape(event.prompt)}"
         if event.recached_latent_frames:
             line += f" [dim](recached in {event.recache_seconds * 1000:.0f} ms)[/]"
         self._console.print(line)

@@ -369,6 +369,11 @@ def test_a_terminal_shows_the_video_and_takes_prompts(process: Process, video_ad
         terminal.close()
 
 
+def test_brackets_in_a_prompt_are_shown_as_they_are(run: Run, video_address: str) -> None:
+    done = run("video", "-p", "a [red] cat", "--frames", "3", "--out", "a.rgb", "--server", video_address)
+    assert "0.00 s  a [red] cat" in done.err
+
+
 def test_the_line_editor_knows_the_usual_keys() -> None:
     editor = LineEditor()
     assert editor.feed("ä ca".encode()[:1]) == []
