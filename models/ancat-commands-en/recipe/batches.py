@@ -1,4 +1,4 @@
-"""Batches for training and evaluation out of a pool: SpecAugmented log-mel windows, by length (ours)."""
+"""Batches for training and evaluation out of a pool: varied log-mel windows, by length (ours)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pool import Pool, Record
+from spectral import STRENGTHS, Strength, Words, mask, speech_span, vary
 
 from realtide.engines.ancat.config import EncoderConfig
 from realtide.engines.ancat.offline import windows_of
@@ -33,6 +34,18 @@ class Corpus:
     examples: list[tuple[Record, list[int], int]]
     units: Callable[[str], list[int]]
 
+    def mel(self, index: int) -> npt.NDArray[np.float32]:
+        """Log-mel [F, 80] of an example, not normalised."""
+        return np.asarray(self.pool.mel(self.examples[index][0]), np.float32)
+
+    def spoken(self) -> list[int]:
+        """Encoder frames of every example's speech with the silence that `trim` leaves on average."""
+        spans = (speech_span(self.mel(index)) for index in range(len(self.examples)))
+        return [
+            min(count, (last - first + 90) // 4)
+            for (first, last), (_, _, count) in zip(spans, self.examples, strict=True)
+        ]
+
 
 def corpus(
     pool: Pool,
@@ -52,25 +65,6 @@ def corpus(
         if len(ids) < frames:
             examples.append((record, ids, frames))
     return Corpus(pool, cmvn[0], cmvn[1], examples, units or tokenizer.encode)
-
-
-def spec_augment(mel: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    """SpecAugment on normalised features [F, 80], and a random gain.
-
-    Two frequency masks of up to 8 bins; time masks of up to 6 frames (10 ms), one a second, 8 at most. Longer
-    masks, as are usual for read sentences, hide whole digits.
-    """
-    out = mel.copy()
-    out += rng.normal(0.0, 0.25)
-    for _ in range(2):
-        width = int(rng.integers(0, 9))
-        start = int(rng.integers(0, mel.shape[1] - width))
-        out[:, start : start + width] = 0.0
-    for _ in range(max(1, min(8, len(mel) // 100))):
-        width = int(rng.integers(0, min(7, max(1, len(mel) // 6) + 1)))
-        start = int(rng.integers(0, len(mel) - width + 1))
-        out[start : start + width] = 0.0
-    return out
 
 
 def flat_words(record: Record, mel: npt.NDArray[np.float32]) -> list[tuple[str, float, float]]:
@@ -108,42 +102,51 @@ def labels_of(
 
 
 def make_batch(
-    data: Corpus,
-    picked: Sequence[int],
+    picked: Sequence[tuple[Corpus, int]],
     config: EncoderConfig,
     rng: np.random.Generator | None,
     *,
     flat: bool = False,
+    strength: Strength = STRENGTHS["mild"],
 ) -> Batch:
-    """Stack examples; with a generator they are SpecAugmented.
+    """Stack examples; with a generator they are varied by `strength` as spectral.py has it.
 
-    `flat`: guess word times that are not known.
+    `flat`: guess word times that are not known. Babble is made of the batch's other utterances.
     """
-    mels, targets, frames = [], [], []
-    for index in picked:
+    mels, targets, frames, times = [], [], [], []
+    short = rng is not None and rng.random() < strength.p_trim
+    for data, index in picked:
         record, ids, count = data.examples[index]
-        mel = (np.asarray(data.pool.mel(record), np.float32) - data.mean) / data.std
-        mels.append(mel if rng is None else spec_augment(mel, rng))
+        mel = data.mel(index)
+        words: Words = record.words
+        if flat and not words:
+            words = flat_words(record, mel)
+        if rng is not None:
+            others = [
+                other.mel(at)
+                for other, at in (picked[int(n)] for n in rng.integers(len(picked), size=rng.integers(1, 4)))
+            ]
+            mel, words = vary(mel, words, rng, others, strength, short=short)
+            count = max(len(mel) // config.stride, len(ids) + 1)
+        mel = (mel - data.mean) / data.std
+        mels.append(mel if rng is None else mask(mel, rng, strength))
         targets.append(ids)
         frames.append(count)
+        times.append(words)
     longest = rounded(max(frames))
     tokens = -(-max(1, max(len(ids) for ids in targets)) // 4) * 4
     features = np.zeros((len(mels), longest * config.stride, config.mel_bins), np.float32)
     padded = np.zeros((len(mels), tokens), np.int64)
     labels = np.full((len(mels), longest), -100, np.int64)
-    for row, index in enumerate(picked):
-        record = data.examples[index][0]
-        words = list(record.words)
-        if flat and not words:
-            words = flat_words(record, np.asarray(data.pool.mel(record), np.float32))
-        labels[row, : frames[row]] = labels_of(words, data.units, frames[row])
+    for row, words in enumerate(times):
+        labels[row, : frames[row]] = labels_of(words, picked[row][0].units, frames[row])
     for row, (mel, ids) in enumerate(zip(mels, targets, strict=True)):
         cut = min(len(mel), features.shape[1])
         features[row, :cut] = mel[:cut]
         padded[row, : len(ids)] = ids
     spoken = [
         [unit for word in data.examples[index][0].text.split() for unit in data.units(word)]
-        for index in picked
+        for data, index in picked
     ]
     units = np.zeros((len(mels), max(1, max(map(len, spoken)))), np.int64)
     for row, ids in enumerate(spoken):
@@ -159,23 +162,30 @@ def make_batch(
     )
 
 
-def epochs(data: Corpus, budget: int, rng: np.random.Generator) -> Iterator[list[int]]:
-    """Endless index lists of similar length, each about `budget` encoder frames with padding.
+def mixture(
+    corpora: Sequence[Corpus], budget: int, rng: np.random.Generator
+) -> Iterator[list[tuple[Corpus, int]]]:
+    """Endless batches of utterances of similar length out of all corpora, about `budget` encoder frames each.
 
-    Batches come in few shapes, since matrix kernels are compiled anew for each: lengths are rounded up to
-    `BUCKET` frames and every batch of a bucket has the same number of utterances (the last one is filled
-    up from its bucket at random).
+    One utterance leads a batch: its corpus is drawn at random (one that is listed twice, twice as often), its
+    turn comes as often as that of any other of its corpus. The rest are drawn likewise among those that are
+    0.7 to 1 times as long, speech with a little silence around it. So a step's gradient speaks for all sets:
+    batches of one set each pulled the joiner to and fro.
     """
-    buckets: dict[int, list[int]] = {}
-    for index, (_, _, frames) in enumerate(data.examples):
-        buckets.setdefault(rounded(frames), []).append(index)
+    lengths = [np.array(data.spoken()) for data in corpora]
+    orders = [np.argsort(length, kind="stable") for length in lengths]
+    ranked = [length[order] for length, order in zip(lengths, orders, strict=True)]
+    turns: list[list[int]] = [[] for _ in corpora]
     while True:
-        lists: list[list[int]] = []
-        for length, members in sorted(buckets.items()):
-            size = max(1, budget // length)
-            order = [members[int(at)] for at in rng.permutation(len(members))]
-            missing = -len(order) % size
-            order += [members[int(at)] for at in rng.integers(0, len(members), missing)]
-            lists += [order[start : start + size] for start in range(0, len(order), size)]
-        for at in rng.permutation(len(lists)):
-            yield lists[int(at)]
+        lead = int(rng.integers(len(corpora)))
+        if not turns[lead]:
+            turns[lead] = rng.permutation(len(lengths[lead])).tolist()
+        index = turns[lead].pop()
+        longest = lengths[lead][index]
+        batch = [(corpora[lead], index)]
+        while (len(batch) + 1) * rounded(longest) <= budget:
+            other = int(rng.integers(len(corpora)))
+            low, high = np.searchsorted(ranked[other], [0.7 * longest, longest + 1])
+            if low < high:
+                batch.append((corpora[other], int(orders[other][rng.integers(low, high)])))
+        yield batch

@@ -53,7 +53,7 @@ SOURCES = [
     {
         "name": "Synthetic speech: espeak-ng; flite (Carnegie Mellon University); Piper, voice en_US-joe",
         "licence": "see the model card",
-        "use": "a supplement of about a quarter of the training hours",
+        "use": "a supplement: a fifth of the draws",
     },
 ]
 
@@ -92,12 +92,18 @@ def main() -> None:
     parse.add_argument("--tokenizer", type=Path, required=True)
     parse.add_argument("--out", type=Path, required=True)
     parse.add_argument("--name", default="ancat-commands-en")
-    parse.add_argument("--version", default="1.1.0", help="semantic version of the bundle")
-    parse.add_argument("--created", default="2026-11-24", help="YYYY-MM-DD")
+    parse.add_argument("--version", default="1.2.0", help="semantic version of the bundle")
+    parse.add_argument("--created", default="2026-11-25", help="YYYY-MM-DD")
     parse.add_argument("--scores", type=Path, help="what evaluate.py wrote")
     parse.add_argument("--calibration", type=Path, nargs="*", default=[], help="development pools for int8")
     parse.add_argument("--start-offset-ms", type=float, default=0.0)
     parse.add_argument("--end-offset-ms", type=float, default=0.0)
+    parse.add_argument(
+        "--blank-bias",
+        type=float,
+        default=0.0,
+        help="added to the joiner's logit of blank, from development sets",
+    )
     parse.add_argument("--manifest-only", action="store_true", help="keep OUT's weights and graphs")
     args = parse.parse_args()
     word_times = {"start_offset_ms": args.start_offset_ms, "end_offset_ms": args.end_offset_ms}
@@ -110,6 +116,7 @@ def main() -> None:
     bad = [name for name, value in weights.items() if not np.isfinite(value).all()]
     if bad:
         raise ValueError(f"{args.checkpoint}: weight {bad[0]} is not finite")
+    weights["joiner.out.bias"][0] += args.blank_bias
     cmvn = np.load(args.cmvn)
     calibration = [
         windows_of(

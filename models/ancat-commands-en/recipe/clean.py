@@ -21,11 +21,16 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, required=True, help="folder with the speech tables")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pool")
     parser.add_argument("--strings", type=int, default=1500, help="digit strings to make")
+    parser.add_argument(
+        "--doubles", type=int, default=0, help="more of them, in which digits often come twice"
+    )
     args = parser.parse_args()
     clips = [u for u in [*read_tables(args.speech), *read_prompts(wide=True)[0]] if u.split == "train"]
     takes = [u for u in clips if u.set == "fsdd"]
+    plain = digit_strings(takes, args.strings, seed=17)
+    doubles = digit_strings(takes, args.doubles, seed=18, repeats=0.3)
     with PoolWriter(args.out) as writer:
-        for record, wave in [*single(clips), *digit_strings(takes, args.strings, seed=17)]:
+        for record, wave in [*single(clips), *plain, *doubles]:
             writer.add(record, features_of(wave))
 
 

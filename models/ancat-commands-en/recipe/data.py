@@ -23,7 +23,7 @@ import numpy.typing as npt
 import soundfile
 import soxr
 from pool import Pool, load_pool
-from text import normalise, prompt_text
+from text import correct_order, normalise, prompt_text
 
 __all__ = [
     "RATE",
@@ -86,13 +86,16 @@ def read_tables(speech: Path, hold_out_speaker: str | None = None) -> list[Utter
                 split = row["split"]
                 if split == "train" and _is_dev(name, row["path"]):
                     split = "dev"
+                text = normalise(row["text"])
+                if split == "train" and name == "coffee":
+                    text = correct_order(text)
                 if hold_out_speaker and row["speaker"] == hold_out_speaker and split != "test":
                     split = "held-out"
                 found.append(
                     Utterance(
                         name=row["path"].removesuffix(".flac"),
                         path=speech / row["path"],
-                        text=normalise(row["text"]),
+                        text=text,
                         set=name,
                         split=split,
                         speaker=row["speaker"] or name,

@@ -151,8 +151,13 @@ def build_pool(
                 log.info("%d of %d utterances, %.0f s", done, len(items), time.monotonic() - started)
 
 
-def digit_strings(takes: Sequence[Utterance], count: int, seed: int) -> list[tuple[Record, Wave]]:
-    """Strings of 3 to 8 digits from single takes of one speaker: 50-250 ms pauses, 200 ms around."""
+def digit_strings(
+    takes: Sequence[Utterance], count: int, seed: int, repeats: float = 0.0
+) -> list[tuple[Record, Wave]]:
+    """Strings of 3 to 8 digits from single takes of one speaker: 50-250 ms pauses, 200 ms around.
+
+    A digit is the one before it again with a chance of `repeats`, beyond the one in ten that is due.
+    """
     rng = np.random.default_rng(seed)
     by_speaker: dict[str, dict[str, list[Utterance]]] = defaultdict(lambda: defaultdict(list))
     for take in takes:
@@ -162,6 +167,9 @@ def digit_strings(takes: Sequence[Utterance], count: int, seed: int) -> list[tup
     for number in range(count):
         speaker = names[number % len(names)]
         digits = [DIGITS[int(d)] for d in rng.integers(10, size=int(rng.integers(3, 9)))]
+        for place in range(1, len(digits) if repeats else 0):
+            if rng.random() < repeats:
+                digits[place] = digits[place - 1]
         chosen = [by_speaker[speaker][d][int(rng.integers(len(by_speaker[speaker][d])))] for d in digits]
         clips = [clip_of(load_audio(take.path), take.text, "fsdd", speaker, "real") for take in chosen]
         waves = [clip.wave() for clip in clips]

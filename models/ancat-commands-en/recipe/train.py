@@ -26,17 +26,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from batches import Corpus, corpus, epochs, make_batch
+from batches import Corpus, corpus, make_batch, mixture
 from lexicon import Lexicon
 from pool import load_pool
+from spectral import STRENGTHS
 from torch import Tensor
 
 from realtide.engines.ancat.config import EncoderConfig
 from realtide.engines.ancat.model import Transducer
 from realtide.engines.ancat.offline import encode, hard_arcs
+from realtide.engines.ancat.rnnt import fused_rnnt_loss
 from realtide.engines.ancat.tokenizer import Tokenizer
 from realtide.engines.ancat.training import ArcSampler, Schedule, average, losses
 
+LOOK = 100  # utterances of a development set that are looked at while training, evenly spread
 RULES: dict[str, dict[str, float]] = {
     "own": {},
     "wide": {"layerwise": 0.5, "chunked": 0.5},
@@ -77,23 +80,38 @@ def distance(a: list[str], b: list[str]) -> int:
 def evaluate(
     model: Transducer, data: Corpus, tokenizer: Tokenizer, config: EncoderConfig, bias: float
 ) -> dict[str, float]:
-    """Word error rate in percent and the mean arc weight, with hard arcs at `bias`."""
+    """Word error rate in percent, transducer loss in nats a token, mean arc weight; hard arcs at `bias`."""
     model.eval()
     wrong = count = 0
-    weight = []
-    order = sorted(range(len(data.examples)), key=lambda i: data.examples[i][2])
+    weight, nats, tokens = [], 0.0, 0
+    chosen = range(0, len(data.examples), -(-len(data.examples) // LOOK))
+    order = sorted(chosen, key=lambda i: data.examples[i][2])
     for start in range(0, len(order), 24):
         picked = order[start : start + 24]
-        batch = make_batch(data, picked, config, None)
+        batch = make_batch([(data, index) for index in picked], config, None)
         out = encode(model.encoder, batch.windows, batch.frames, hard_arcs(config, bias))
         weight.append(float(out.arcs.mean()) if config.right else 0.0)
+        history = torch.nn.functional.pad(batch.targets, (2, 0))
+        predicted = model.predictor(torch.stack([history[:, :-1], history[:, 1:]], -1))
+        last = model.joiner.out
+        nats += float(
+            fused_rnnt_loss(
+                out.rows, predicted, last.weight, last.bias, batch.targets, batch.frames, batch.lengths,
+                reduction="sum",
+            )
+        )  # fmt: skip
+        tokens += int((batch.lengths + 1).sum())
         for index, ids in zip(picked, greedy(model, out.rows, batch.frames), strict=True):
             record = data.examples[index][0]
             words, text = record.text.split(), tokenizer.decode(ids).split()
             wrong += distance(words, text)
             count += len(words)
     model.train()
-    return {"wer": round(100 * wrong / max(1, count), 2), "arcs": round(float(np.mean(weight)), 3)}
+    return {
+        "wer": round(100 * wrong / max(1, count), 2),
+        "nats": round(nats / max(1, tokens), 3),
+        "arcs": round(float(np.mean(weight)), 3),
+    }
 
 
 def start_from(model: Transducer, path: Path, *, schedulers: bool = True) -> None:
@@ -140,9 +158,7 @@ def mean_gradients(parameters: list[torch.nn.Parameter], processes: int) -> None
 def main() -> None:
     """Command line."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument(
-        "--pool", type=Path, nargs="+", required=True, help="training pools; a step draws one of them"
-    )
+    parse.add_argument("--pool", type=Path, nargs="+", required=True, help="training pools, drawn from alike")
     parse.add_argument("--dev", type=Path, nargs="+", required=True, help="pools to look at while training")
     parse.add_argument("--cmvn", type=Path, required=True, help="mean and standard deviation of the features")
     parse.add_argument("--tokenizer", type=Path, required=True)
@@ -158,7 +174,8 @@ def main() -> None:
     parse.add_argument(
         "--longest", type=int, default=1 << 30, help="leave out utterances with more encoder frames"
     )
-    parse.add_argument("--plain", action="store_true", help="no SpecAugment and no dropout")
+    parse.add_argument("--plain", action="store_true", help="clips as they are, and no dropout")
+    parse.add_argument("--vary", default="mild", choices=list(STRENGTHS), help="how much clips are varied")
     parse.add_argument("--dropout", type=float, default=0.1)
     parse.add_argument("--rule", default="adaptive", choices=["adaptive", "causal", "layerwise", "chunked"])
     parse.add_argument("--right", type=int, default=4)
@@ -180,10 +197,12 @@ def main() -> None:
     parse.add_argument(
         "--align", type=float, default=0.0, help="weight of the loss of frames with known units"
     )
+    parse.add_argument("--rnnt", type=float, default=1.0, help="weight of the transducer's loss")
     parse.add_argument("--ctc", type=float, default=0.5, help="weight of the CTC head's loss")
     parse.add_argument("--fastemit", type=float, default=0.01)
     parse.add_argument("--hard-from", type=float, default=0.6)
     parse.add_argument("--evaluate-every", type=int, default=500)
+    parse.add_argument("--biases", type=float, nargs="+", default=[0.0], help="dial settings to look at")
     parse.add_argument("--seed", type=int, default=7)
     parse.add_argument("--threads", type=int, default=1)
     args = parse.parse_args()
@@ -210,7 +229,8 @@ def main() -> None:
         steps=args.steps, peak_lr=args.lr, warmup=args.warmup, naive=args.naive, algorithmic=args.algorithmic,
         compute=args.compute, fastemit=args.fastemit, hard_from=args.hard_from, mixed=RULES[args.draw],
         dropout=0.0 if args.plain else args.dropout, align_weight=args.align,
-        rnnt_weight=float(not args.aligned_only), ctc_weight=0.0 if args.aligned_only else args.ctc,
+        rnnt_weight=0.0 if args.aligned_only else args.rnnt,
+        ctc_weight=0.0 if args.aligned_only else args.ctc,
     )  # fmt: skip
     for train in trains:
         train.examples = [
@@ -258,7 +278,7 @@ def main() -> None:
     def look(step: int) -> None:
         twin = Transducer(config, units)
         twin.load_state_dict(shadow)
-        for bias in (-3.0, 0.0, 3.0) if config.rule == "adaptive" else (0.0,):
+        for bias in args.biases if config.rule == "adaptive" else (0.0,):
             for path, dev in zip(args.dev, devs, strict=True):
                 report(
                     {
@@ -271,12 +291,12 @@ def main() -> None:
 
     names = list(schedule.mixed) or [config.rule]
     chances = np.array([schedule.mixed.get(name, 1.0) for name in names])
-    began, sums, seen = time.monotonic(), dict[str, float](), 0
-    streams = [epochs(train, args.frames, rng) for train in trains]
+    began, sums, counts = time.monotonic(), dict[str, float](), dict[str, int]()
+    stream = mixture(trains, args.frames, rng)
     for step in range(first, args.steps):
-        drawn = int(rng.integers(len(trains)))
-        train, picked = trains[drawn], next(streams[drawn])
-        batch = make_batch(train, picked, config, None if args.plain else rng, flat=args.flat)
+        picked = next(stream)
+        variation = None if args.plain else rng
+        batch = make_batch(picked, config, variation, flat=args.flat, strength=STRENGTHS[args.vary])
         rule = str(rng.choice(names, p=chances / chances.sum()))
         sampler = ArcSampler(config, schedule, step / args.steps, rule, generator, len(picked))
         for group in optimizer.param_groups:
@@ -293,12 +313,12 @@ def main() -> None:
         optimizer.step()
         average(shadow, model, min(0.998, (1 + step - first) / (10 + step - first)))
         for name, value in parts.items():
+            counts[name] = counts.get(name, 0) + 1
             sums[name] = sums.get(name, 0.0) + float(value.detach())
-        seen += 1
         if (step + 1) % 50 == 0:
-            means = {name: round(total / seen, 4) for name, total in sums.items()}
+            means = {name: round(total / counts[name], 4) for name, total in sums.items()}
             report({"step": step + 1, "seconds": round(time.monotonic() - began, 1), **means})
-            sums, seen = {}, 0
+            sums, counts = {}, {}
         if rank:
             continue
         if (step + 1) % 250 == 0:

@@ -33,6 +33,7 @@ class Hypothesis(NamedTuple):
     log_prob: float = 0.0  # of the model; in beam search summed over the alignments that were kept
     boost: float = 0.0  # of the phrases, unfinished matches included
     node: int = ROOT  # in the boost graph
+    before: Context = START  # the last two tokens of the utterance before
 
     @property
     def score(self) -> float:
@@ -41,8 +42,8 @@ class Hypothesis(NamedTuple):
 
     @property
     def context(self) -> Context:
-        """The last two tokens, oldest first, blanks before the utterance."""
-        return (START + self.ids)[-2:]  # type: ignore[return-value]
+        """The last two tokens, oldest first, blanks before the first utterance."""
+        return (self.before + self.ids)[-2:]  # type: ignore[return-value]
 
     @property
     def last_frame(self) -> int | None:
@@ -110,9 +111,7 @@ def finished(hypotheses: Sequence[Hypothesis], graph: BoostGraph | None) -> list
     """Hypotheses at the end of an utterance, best first: boosts of unfinished matches are taken back."""
     if graph is None:
         return list(hypotheses)
-    final = [
-        Hypothesis(h.tokens, h.ids, h.log_prob, h.boost - graph.pending(h.node), ROOT) for h in hypotheses
-    ]
+    final = [h._replace(boost=h.boost - graph.pending(h.node), node=ROOT) for h in hypotheses]
     return sorted(final, key=lambda h: -h.score)
 
 
@@ -187,11 +186,18 @@ def _extended(
             if k in sources:
                 last = stream.token(row, parent.ids[-1], float(log_probs[sources[k], parent.ids[-1]]))
                 tokens = (*hypotheses[sources[k]].tokens, last)
-            extended.append(Hypothesis(tokens, parent.ids, log_prob, parent.boost, parent.node))
+            extended.append(parent._replace(tokens=tokens, log_prob=log_prob))
             continue
         gain, node = graph.step(parent.node, token) if graph is not None else (0.0, ROOT)
         new = stream.token(row, token, float(log_probs[k, token]))
         extended.append(
-            Hypothesis((*parent.tokens, new), (*parent.ids, token), log_prob, parent.boost + gain, node)
+            Hypothesis(
+                (*parent.tokens, new),
+                (*parent.ids, token),
+                log_prob,
+                parent.boost + gain,
+                node,
+                parent.before,
+            )
         )
     return extended

@@ -18,7 +18,7 @@ from realtide.engines.ancat.types import EndpointRules, PhraseBoost, SpeechOptio
 from realtide.engines.ancat.words import Token
 from realtide.engines.engine import CheckpointMismatch
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(slots=True)
@@ -58,6 +58,7 @@ class DecodeState:
                     "log_prob": h.log_prob,
                     "boost": h.boost,
                     "node": h.node,
+                    "before": list(h.before),
                 }
                 for h in self.hypotheses
             ],
@@ -113,7 +114,12 @@ def _hypothesis(values: dict[str, Any], vocabulary: int) -> Hypothesis:
     if not all(0 < token.id < vocabulary for token in tokens):
         raise ValueError("token outside the vocabulary")
     ids = tuple(token.id for token in tokens)
-    return Hypothesis(tokens, ids, float(values["log_prob"]), float(values["boost"]), int(values["node"]))
+    older, newer = (int(token) for token in values["before"])
+    if not (0 <= older < vocabulary and 0 <= newer < vocabulary):
+        raise ValueError("token before the utterance outside the vocabulary")
+    return Hypothesis(
+        tokens, ids, float(values["log_prob"]), float(values["boost"]), int(values["node"]), (older, newer)
+    )
 
 
 def _options(values: dict[str, Any]) -> SpeechOptions:

@@ -121,7 +121,12 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
-    """A conformer block whose self-attention waits for as much future as its scheduler asks for."""
+    """A conformer block whose self-attention waits for as much future as its scheduler asks for.
+
+    Keys and queries are normalised over each head, with a gain that the layer's heads share: without it their
+    products grew in training until the softmax picked single frames. Source: Dehghani et al. 2023,
+    "Scaling vision transformers to 22 billion parameters" (arXiv 2302.05442), section 2.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -131,8 +136,10 @@ class Block(nn.Module):
         self.key = nn.Linear(config.dim, config.dim)
         self.value = nn.Linear(config.dim, config.dim)
         self.query = nn.Linear(config.dim, config.dim)
+        self.key_norm = nn.LayerNorm(config.head_dim)
+        self.query_norm = nn.LayerNorm(config.head_dim)
         with torch.no_grad():
-            self.query.weight.mul_(config.head_dim**-0.5)
+            self.query_norm.weight.mul_(config.head_dim**-0.5)
         self.attention_out = nn.Linear(config.dim, config.dim)
         self.relative = nn.Parameter(torch.zeros(config.heads, config.left + 1 + config.right))
         self.scheduler = Scheduler(config) if config.rule == "adaptive" else None
@@ -147,16 +154,21 @@ class Block(nn.Module):
     def arrive(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """All that depends on one input frame alone.
 
-        x [..., dim] -> (residual, keys, values, each [..., dim], keep scores [..., right] or None).
+        x [..., dim] -> (residual [..., dim], keys and values, each [..., heads, head dim], keep scores
+        [..., right] or None).
         """
         residual = x + self.ff1(x)
         h = self.attention_norm(residual)
-        return residual, self.key(h), self.value(h), None if self.scheduler is None else self.scheduler(h)
+        key, value = self._heads(self.key(h)), self._heads(self.value(h))
+        return residual, self.key_norm(key), value, None if self.scheduler is None else self.scheduler(h)
 
     def queries(self, residual: Tensor) -> Tensor:
-        """residual [..., dim] -> queries [..., dim]; the scale (head width ** -0.5) is in the weights."""
-        out: Tensor = self.query(self.attention_norm(residual))
+        """residual [..., dim] -> queries [..., heads, head dim]; the scale is in the norm's gain."""
+        out: Tensor = self.query_norm(self._heads(self.query(self.attention_norm(residual))))
         return out
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return torch.unflatten(x, -1, (self.heads, -1))
 
     def finish(self, x: Tensor, convolved: Tensor) -> Tensor:
         """x [..., dim] after attention and the convolution's output -> the block's output [..., dim]."""

@@ -106,9 +106,11 @@ def attend(
     lengths: Tensor,
     config: EncoderConfig,
 ) -> Tensor:
-    """Self-attention with arc weights; residual, key, value [B, T, D], arcs [B, T, R] -> [B, T, D]."""
-    batch, frames, dim = residual.shape
-    heads, left, right = config.heads, config.left, config.right
+    """Self-attention with arc weights.
+
+    residual [B, T, D], key and value [B, T, heads, head dim], arcs [B, T, R] -> [B, T, D].
+    """
+    frames, left, right = residual.shape[1], config.left, config.right
     i = torch.arange(frames, device=residual.device)
     rel = i[None, :] - i[:, None]  # key minus query
     past = ((rel <= 0) & (rel >= -left)).float()
@@ -118,9 +120,7 @@ def attend(
         index = (rel - 1).clamp(0, right - 1).expand(arcs.shape[0], -1, -1)
         weight = weight + ahead * arcs.gather(2, index)
     weight = weight * (i[None, None, :] < lengths[:, None, None])  # [B, T, T]
-    q, k, v = (
-        x.view(batch, frames, heads, -1).transpose(1, 2) for x in (block.queries(residual), key, value)
-    )
+    q, k, v = (x.transpose(1, 2) for x in (block.queries(residual), key, value))
     bias = block.relative[:, (rel + left).clamp(0, left + right)]
     score = torch.matmul(q, k.transpose(-1, -2)).float() + bias
     seen = weight.unsqueeze(1)
@@ -128,7 +128,7 @@ def attend(
     # An open key's score is at most the top; a closed one's gradient must not explode however high it is.
     mass = torch.exp((score - top).clamp(max=1.0)) * seen
     probs = mass / mass.sum(-1, keepdim=True).clamp_min(1e-6)
-    mixed = torch.matmul(probs.to(v.dtype), v).transpose(1, 2).reshape(batch, frames, dim)
+    mixed = torch.matmul(probs.to(v.dtype), v).transpose(1, 2).flatten(2)
     out: Tensor = residual + block.attention_out(mixed)
     return out
 

@@ -348,9 +348,9 @@ class LayerStep:
     def remember(
         self, states: dict[str, Tensor], layer: int, long: Tensor, key: Tensor, value: Tensor
     ) -> None:
-        """Keys and values [N, dim] of inputs into rows long [N * heads]."""
-        self.write(states, "key", layer, long, key.view(-1, self.config.head_dim))
-        self.write(states, "value", layer, long, value.view(-1, self.config.head_dim))
+        """Keys and values [N, heads, head dim] of inputs into rows long [N * heads]."""
+        self.write(states, "key", layer, long, key.flatten(0, 1))
+        self.write(states, "value", layer, long, value.flatten(0, 1))
 
     def wait(
         self, states: dict[str, Tensor], layer: int, nodes: Nodes, residual: Tensor, depth: Tensor
@@ -417,7 +417,7 @@ class LayerStep:
         keys: Tensor,
         seen: Tensor,
     ) -> Tensor:
-        """Attention of packed queries [M, dim] -> [M, dim].
+        """Attention of packed queries [M, heads, head dim] -> [M, dim].
 
         lane [L] counts up to the most nodes of a stream, which is known only at run time; padded [1, B, L],
         the query of each lane; place [M], stream * L + lane; keys [1, B, heads, K], rows of the rings; seen
@@ -425,7 +425,7 @@ class LayerStep:
         """
         heads, left, right, dim = self.config.heads, self.config.left, self.config.right, self.config.dim
         device = lane.device
-        q = queries.view(-1, heads, dim // heads)[padded].transpose(2, 3)
+        q = queries[padded].transpose(2, 3)
         k = F.embedding(keys, states[f"key_{layer}"])
         v = F.embedding(keys, states[f"value_{layer}"])
         # Depends on weights alone; the table's ends stand for what no query may see.

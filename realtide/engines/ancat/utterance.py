@@ -105,6 +105,7 @@ class Follower:
                 best.log_prob + log_prob,
                 best.boost + gain,
                 node,
+                best.before,
             )
         ]
         self._announce_speech()
@@ -177,7 +178,8 @@ class Follower:
                 alternatives=self._alternatives(ranked) if state.options.beam > 1 else (),
             )
         )
-        state.hypotheses = [Hypothesis()]
+        # The encoder remembers what was said, and so must the predictor: from blanks it would say it again.
+        state.hypotheses = [Hypothesis(before=state.hypotheses[0].context)]
         state.start, state.earliest, state.utterance = state.frame, end, state.utterance + 1
         state.speaking, state.likely_for, state.shown, state.shown_ids = False, None, "", ()
         state.lookahead = Counter()

@@ -139,11 +139,11 @@ class Oracle:
         return layer.wanted[i], layer.below[i + layer.wanted[i]]
 
     def compute(self, block: Block, layer: Layer, i: int) -> Tensor:
-        config, heads = self.config, self.config.heads
+        config = self.config
         around = list(range(max(0, i - config.left), i + layer.used[i] + 1))
-        query = block.queries(layer.residual[i]).view(heads, 1, -1)
-        key = torch.stack([layer.key[j] for j in around]).view(len(around), heads, -1).transpose(0, 1)
-        value = torch.stack([layer.value[j] for j in around]).view(len(around), heads, -1).transpose(0, 1)
+        query = block.queries(layer.residual[i]).unsqueeze(1)
+        key = torch.stack([layer.key[j] for j in around]).transpose(0, 1)
+        value = torch.stack([layer.value[j] for j in around]).transpose(0, 1)
         bias = block.relative[:, [j - i + config.left for j in around]]
         weight = ((query * key).sum(-1) + bias).softmax(-1)
         mixed = (weight.unsqueeze(-1) * value).sum(1).flatten()

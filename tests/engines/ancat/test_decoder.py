@@ -120,18 +120,19 @@ def clock(joiner: ToyJoiner, source: Source, rules: EndpointRules) -> list[tuple
     ("final"|event, text or reason, seconds, lookahead mean).
     """
     out: list[tuple[str, str, float, float]] = []
-    ids: list[int] = []
+    before, ids = [0, 0], list[int]()  # tokens of the utterance before, and of this one
     start, last, likely = 0, 0, False
     ahead: list[int] = []
 
     def final(frame: int, reason: str) -> None:
-        nonlocal ids, start, likely, ahead
+        nonlocal before, ids, start, likely, ahead
         out.append((reason, toy_tokenizer().decode(ids), (frame + 1) * 0.04, float(np.mean(ahead)) * 0.04))
+        before = [*before, *ids][-2:]
         ids, start, likely, ahead = [], frame + 1, False, []
 
     for frame, row in enumerate(source.enc):
         for _ in range(3):
-            context = tuple(([0, 0, *ids])[-2:])
+            context = tuple([*before, *ids][-2:])
             token = int(joiner.one(row, (context[0], context[1])).argmax())
             if token == 0:
                 break
@@ -520,7 +521,7 @@ def test_restore_refuses_damage() -> None:
     for data in (b"", b"\xff", b"[]", b"null", b"{}", state.export()[:-5]):
         with pytest.raises(CheckpointMismatch):
             decoder.restore(data)
-    refused(format=2)
+    refused(format=1)
     refused(frame="12")
     refused(start=13)
     refused(hypotheses=[])
@@ -528,6 +529,8 @@ def test_restore_refuses_damage() -> None:
     refused(hypotheses=[good["hypotheses"][0] | {"node": 99}])
     refused(hypotheses=[good["hypotheses"][0] | {"tokens": [[99, 1, -0.1, 1]]}])
     refused(hypotheses=[good["hypotheses"][0] | {"tokens": [[1, 1]]}])
+    for before in ([99, 0], [0, -1], [0], 3):
+        refused(hypotheses=[good["hypotheses"][0] | {"before": before}])
     refused(lookahead=3)
     refused(options=good["options"] | {"beam": 99})
     refused(options=good["options"] | {"unheard": 1})

@@ -104,11 +104,32 @@ def test_a_frame_that_attends_to_itself_alone_does_so_however_low_its_score() ->
     block = model.encoder.blocks[0]
     assert isinstance(block, Block)
     with torch.no_grad():
-        block.query.weight.mul_(1e4)  # scores far below any finite stand-in for "masked"
-        block.key.weight.mul_(-1e2)
+        for norm, shift in ((block.query_norm, -1e6), (block.key_norm, 1.0)):
+            norm.weight.zero_()  # scores far below any finite stand-in for "masked"
+            norm.bias.fill_(shift)
         x = torch.randn(1, 6, config.dim, generator=torch.Generator().manual_seed(4))
         residual, key, value, _ = block.arrive(x)
         closed = torch.zeros(1, 6, 3)
         out = attend(block, residual, key, value, closed, torch.tensor([6]), config)
-        alone = residual[:, :1] + block.attention_out(value[:, :1])
+        alone = residual[:, :1] + block.attention_out(value[:, :1].flatten(2))
     torch.testing.assert_close(out[:, :1], alone)
+
+
+def test_attention_does_not_sharpen_however_large_the_weights_of_queries_and_keys_grow() -> None:
+    config = small_config(right=3, layers=1)
+    block = wild(config).encoder.blocks[0]
+    assert isinstance(block, Block)
+    with torch.no_grad():
+        x = torch.randn(1, 12, config.dim, generator=torch.Generator().manual_seed(4))
+
+        def mixed() -> torch.Tensor:
+            residual, key, value, _ = block.arrive(x)
+            return attend(block, residual, key, value, torch.ones(1, 12, 3), torch.tensor([12]), config)
+
+        before = mixed()
+        for layer in (block.query, block.key):
+            layer.weight.mul_(1e3)
+            layer.bias.mul_(1e3)
+        torch.testing.assert_close(mixed(), before, atol=1e-4, rtol=1e-3)
+        block.query_norm.weight.mul_(10)  # what the gain is for
+        assert not torch.allclose(mixed(), before, atol=1e-2)
