@@ -82,6 +82,9 @@ def load_weights(vae: Path, model: Path | None) -> tuple[dict[str, Array], list[
         parts["text"] = TextEncoder(text_config()).state_dict()
     else:
         parts |= torch.load(model, weights_only=True)["weights"]
+        # Rows for more pieces than the tokenizer has are never looked up.
+        table = "token_embedding.weight"
+        parts["text"][table] = parts["text"][table][: text_config().vocab]
     weights: dict[str, Array] = {}
     for part in PARTS:
         for name, value in parts[part].items():
@@ -112,6 +115,7 @@ def main() -> None:
     parse.add_argument("--version", default="1.0.0", help="semantic version of the bundle")
     parse.add_argument("--created", default="2026-11-25", help="YYYY-MM-DD")
     parse.add_argument("--scores", type=Path, help="what evaluate.py wrote")
+    parse.add_argument("--keep-graphs", action="store_true", help="OUT has them: they hold no weights")
     parse.add_argument("--manifest-only", action="store_true", help="keep OUT's weights and graphs")
     args = parse.parse_args()
     scores = json.loads(args.scores.read_text()) if args.scores else {}
@@ -122,7 +126,9 @@ def main() -> None:
     weights, mean, std = load_weights(args.vae, args.model)
     save_file(weights, args.out / "weights.safetensors")
     shutil.copyfile(args.tokenizer, args.out / "tokenizer.model")
-    graphs = write_graphs(args.out, mean, std)
+    graphs = {p.stem: p for p in (args.out / "onnx").glob("*.onnx")} if args.keep_graphs else {}
+    if not graphs:
+        graphs = write_graphs(args.out, mean, std)
     config = video_config()
     write_manifest(
         args.out,

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prompts import held_out
-from scene import BACKGROUNDS, MOTIONS, OBJECTS, SIZE, Clip, Sprites, random_start
+from prompts import held_out, triples
+from scene import BACKGROUNDS, MOTIONS, OBJECTS, SIZE, START, Clip, Float32, Sprites, random_start
 from shapes import vae_config
 from torch import Tensor
 
@@ -89,6 +89,14 @@ def normed(self: ChannelNorm, x: Tensor) -> Tensor:
     return x * scale * self.gamma.reshape(-1, 1, 1)
 
 
+@torch.no_grad()
+def encode(model: WanVae, frames: Float32) -> NDArray[np.float16]:
+    """Frames [n, 3, SIZE, SIZE] to latents [frames, C, height, width]."""
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = model.encode(torch.from_numpy(frames)[None], Whole())[0]
+    return latents.float().numpy().astype(np.float16)
+
+
 @dataclass(frozen=True)
 class Shard:
     """Clips of one plan: latents [n, frames, C, height, width] float16, objects, backgrounds, motions."""
@@ -116,6 +124,7 @@ def main() -> None:
     parse.add_argument("--icons", type=Path, required=True)
     parse.add_argument("--vae", type=Path, required=True)
     parse.add_argument("--out", type=Path, required=True)
+    parse.add_argument("--firsts", action="store_true", help="write first blocks instead, of all triples")
     parse.add_argument("--rounds", type=int, default=12, help="each writes 4 clips per share of every plan")
     parse.add_argument("--seed", type=int, default=11)
     args = parse.parse_args()
@@ -123,15 +132,16 @@ def main() -> None:
     torch.set_num_threads(1)
     ChannelNorm.forward = normed  # type: ignore[method-assign]
     sprites, model = Sprites(args.icons), load_vae(args.vae)
+    if args.firsts:
+        chosen = [triple for triple in triples() if triple not in held_out()]
+        made = [encode(model, sprites.render(Clip(t[0], t[2], START, (t[1],)))) for t in chosen]
+        np.savez(args.out / "firsts.npz", latents=np.stack(made), triples=json.dumps(chosen))
+        return
     for turn in range(args.rounds):
         rng = np.random.default_rng([args.seed, turn])
         for plan in PLANS:
             clips = [draw(rng, plan) for _ in range(4 * plan.share)]
-            latents = []
-            for clip in clips:
-                frames = torch.from_numpy(sprites.render(clip))[None]
-                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                    latents.append(model.encode(frames, Whole())[0].float().numpy().astype(np.float16))
+            latents = [encode(model, sprites.render(clip)) for clip in clips]
             told = json.dumps([vars(clip) for clip in clips])
             part = args.out / f"{plan.name}.{turn:03d}.tmp.npz"
             np.savez(part, latents=np.stack(latents), clips=told)

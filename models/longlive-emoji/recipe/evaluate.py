@@ -22,15 +22,36 @@ from typing import Any, get_args
 import numpy as np
 from judge import Judge
 from play import span
-from prompts import held_out, plain, triples
-from scene import BLOCK_FRAMES, MOTIONS, Clip, Float32, Float64, Sprites, random_clip, random_start, wrapped
+from prompts import Triple, held_out, plain, triples
+from scene import (
+    BLOCK_FRAMES,
+    DRAWN,
+    MOTIONS,
+    Clip,
+    Float32,
+    Float64,
+    Sprites,
+    random_clip,
+    random_start,
+    wrapped,
+)
 from serve import Player, Switch
 
 BLOCKS = 4
-SWITCHES = 120
+SWITCHES = 60
 LONG = 320
 """Blocks: 240 seconds."""
-STREAMS = 4
+STREAMS = 2
+
+
+def unseen() -> list[Triple]:
+    """Held-out triples of objects that the bundle draws."""
+    return sorted(triple for triple in held_out() if triple[0] in DRAWN)
+
+
+def anything() -> list[Triple]:
+    """All triples of objects that the bundle draws."""
+    return [triple for triple in triples() if triple[0] in DRAWN]
 
 
 def verdicts(judge: Judge, frames: Float32, name: str, background: str) -> list[str]:
@@ -49,7 +70,7 @@ def real(judge: Judge, sprites: Sprites) -> dict[str, Any]:
     """The judge on real clips: held-out triples, and clips that change their motion at every block."""
     rng = np.random.default_rng(1)
     good = []
-    for triple in sorted(held_out()):
+    for triple in unseen():
         clip = random_clip(rng, triple, BLOCKS)
         mixed = Clip(
             clip.object, clip.background, random_start(rng), tuple(rng.choice(list(MOTIONS), BLOCKS).tolist())
@@ -62,7 +83,7 @@ def real(judge: Judge, sprites: Sprites) -> dict[str, Any]:
 
 def follow(judge: Judge, player: Player, count: int) -> dict[str, Any]:
     """Held-out triples."""
-    chosen = sorted(held_out())
+    chosen = unseen()
     order = np.random.default_rng(3).permutation(len(chosen))[:count]
     blocks: list[bool] = []
     whole, objects, backgrounds = [], [], []
@@ -107,7 +128,7 @@ def seam(positions: Float64, frames: Float32, first: int) -> tuple[float, float]
 def switched(judge: Judge, player: Player, count: int) -> dict[str, Any]:
     """Prompt switches; still emoji are left out of the seam's figures, which are relative to motion."""
     rng = np.random.default_rng(4)
-    everything = triples()
+    everything = anything()
     cases = []
     for seed in range(count):
         name, motion, background = everything[rng.integers(len(everything))]
@@ -144,7 +165,7 @@ def switched(judge: Judge, player: Player, count: int) -> dict[str, Any]:
 def long(judge: Judge, player: Player, streams: int, blocks: int) -> dict[str, Any]:
     """Endless streams whose prompt changes every 20 blocks: the first and the last quarter."""
     rng = np.random.default_rng(5)
-    everything = triples()
+    everything = anything()
     quarters: list[list[bool]] = [[], [], [], []]
     objects, backgrounds, seconds = [], [], []
     for seed in range(streams):
@@ -179,7 +200,7 @@ def main() -> None:
     parse.add_argument("--precision")
     parse.add_argument("--out", type=Path, help="JSON file to write; else standard output")
     parse.add_argument("--part", nargs="*", default=["real", "follow", "switch", "long"])
-    parse.add_argument("--triples", type=int, default=len(held_out()))
+    parse.add_argument("--triples", type=int, default=len(unseen()))
     parse.add_argument("--switches", type=int, default=SWITCHES)
     parse.add_argument("--streams", type=int, default=STREAMS)
     parse.add_argument("--blocks", type=int, default=LONG, help="of a long stream")

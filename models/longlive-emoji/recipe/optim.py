@@ -29,7 +29,7 @@ class Muon:
     Args:
         named: parameters by name.
         rate: learning rate of AdamW; Muon's step has the root mean square of 0.2 * rate * `ratio`.
-        plain: names, or beginnings of names, of matrices that AdamW is to have: tables and the like.
+        plain: parts of names of matrices that AdamW is to have: tables and the like.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Muon:
         others: list[Tensor] = []
         for name, value in named:
             matrix = value.ndim >= 2 and min(value.shape[0], value[0].numel()) >= 8
-            (self._matrices if matrix and not name.startswith(plain) else others).append(value)
+            (self._matrices if matrix and not any(part in name for part in plain) else others).append(value)
         self._momentum = [torch.zeros_like(value) for value in self._matrices]
         self._adam = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
 

@@ -17,7 +17,7 @@ from scene import BACKGROUNDS, MOTIONS, OBJECTS
 
 Triple = tuple[str, str, str]
 
-VOCABULARY = 160
+VOCABULARY = 143
 TOKENS = 32
 """Most tokens of a prompt."""
 
@@ -96,6 +96,13 @@ def paraphrase(rng: np.random.Generator, triple: Triple) -> str:
     return text.capitalize() + "." if rng.random() < 0.2 else text
 
 
+def _words() -> list[str]:
+    """Words of objects, backgrounds and motions."""
+    motions = ["left", "right", "up", "upwards", "down", "downwards", "still", "stops", "rests"]
+    motions += ["clockwise", "counterclockwise", "anticlockwise"]
+    return sorted({word for name in OBJECTS for word in name.split()} | set(BACKGROUNDS) | set(motions))
+
+
 def train_tokenizer(out: Path) -> None:
     """Write a SentencePiece model of the prompts' words."""
     rng = np.random.default_rng(5)
@@ -108,12 +115,15 @@ def train_tokenizer(out: Path) -> None:
             model_writer=file,
             vocab_size=VOCABULARY,
             model_type="unigram",
+            # Every word that matters is one piece: what it means need not be put together from letters.
+            user_defined_symbols=[f"\u2581{word}" for word in _words()],
             normalization_rule_name="nmt_nfkc_cf",
             character_coverage=1.0,
             pad_id=0,
             eos_id=1,
             unk_id=2,
             bos_id=-1,
+            hard_vocab_limit=False,
             num_threads=1,
             minloglevel=2,
         )

@@ -54,7 +54,12 @@ OBJECTS: dict[str, str] = {
     "car": "automobile", "crown": "crown", "robot": "robot", "ghost": "ghost", "pumpkin": "jack-o-lantern",
     "snowman": "snowman-without-snow", "sunflower": "sunflower",
 }  # fmt: skip
-"""Name in prompts: name of the icon."""
+"""Name in prompts: name of the icon. The VAE and the continuations learn from all of them."""
+DRAWN = (
+    "red apple", "banana", "orange", "strawberry", "watermelon", "soccer ball", "heart", "star",
+    "cat", "dog", "fox", "panda", "frog", "penguin", "rocket", "ghost",
+)  # fmt: skip
+"""Objects that first blocks learn to draw from their names: those that the bundle is for."""
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250), "black": (16, 16, 20), "gray": (128, 128, 132), "blue": (70, 120, 225),

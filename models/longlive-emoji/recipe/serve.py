@@ -33,9 +33,7 @@ Switch = Literal["recache", "kept", "dropped"]
 class KeptStream(VideoStream):
     """A stream whose cache does not follow a new prompt: only cross-attention does."""
 
-    def set_prompt(self, text: Latents) -> int:
-        """See `VideoStream.set_prompt`."""
-        self._prompt = self._prompted(text)
+    def _recache(self) -> int:
         return 0
 
 

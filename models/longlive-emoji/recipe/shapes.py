@@ -38,7 +38,7 @@ def text_config() -> TextConfig:
         vocab=VOCABULARY,
         dim=96,
         attention_dim=96,
-        ff_dim=192,
+        ff_dim=144,
         heads=4,
         layers=2,
         buckets=32,
@@ -51,13 +51,13 @@ def video_config() -> VideoConfig:
     side = SIZE // vae_config().spatial_scale
     return VideoConfig(
         TransformerConfig(
-            layers=6,
-            dim=192,
-            heads=4,
+            layers=4,
+            dim=160,
+            heads=2,
             ff_dim=512,
             freq_dim=64,
             channels=LATENT,
-            patch=4,
+            patch=2,
             text_dim=text_config().dim,
             text_tokens=TOKENS,
         ),

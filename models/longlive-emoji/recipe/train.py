@@ -1,7 +1,7 @@
 """Train the transformer and the text encoder on encoded clips (ours).
 
     train.py --icons icons.json --vae vae.pt --tokenizer tokenizer.model --clips CLIPS --out RUN --steps N
-             [--start model.pt] [--rollouts 0.5]
+             [--begin model.pt] [--rollouts 0.5]
 
 Flow matching on all blocks of a clip at once, each with the keys that it would find in a session's cache
 (`realtide.engines.longlive.packed`). With --rollouts that share of the steps first generates the clip with
@@ -12,33 +12,44 @@ model then learns the real continuation of its own blocks, from its own samples 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from clips import PLANS, Shard, load_shards, load_vae, normed
+import torch.distributed as dist
+from clips import BLOCKS, PLANS, Shard, load_shards, load_vae, normed
 from judge import Judge
 from optim import Muon
+from pairs import build, mean_gradients, save
 from play import Writer, follow_rate
 from prompts import Triple, held_out, paraphrase
-from scene import BLOCK, Sprites
-from shapes import text_config, video_config
+from scene import BLOCK, DRAWN, Sprites
+from shapes import video_config
 from torch import Tensor
 
 from realtide.engines.longlive import schedule, transformer
 from realtide.engines.longlive.config import VideoConfig
 from realtide.engines.longlive.packed import Entry, Packed, attend_plainly, layout
 from realtide.engines.longlive.rollout import Rollout
-from realtide.engines.longlive.text import TextEncoder
 from realtide.engines.longlive.tokenizer import PromptTokenizer
 from realtide.engines.longlive.transformer import WanTransformer
 from realtide.engines.longlive.vae import ChannelNorm
 
-COPIES = 2
+PLAIN = ("text.", "transformer.head", "text_embedding", "cross_attn.q", "cross_attn.k")
+"""Not for Muon. Its even steps let cross-attention settle on the padding before words mean anything."""
+FIRST = 0.5
+"""Weight of first blocks."""
+WINDOW = 4
+"""Blocks of the cache."""
+COPIES = 1
 """Denoising passes of each block in a step."""
+LEVELS = (0.4, 0.2, 0.2, 0.2)
+"""How often each of the sampler's noise levels is taken: at the first nothing but context and prompt help."""
 OTHER = 0.1
 """Share of noise levels that are none of the sampler's."""
 BLUR = 0.15
@@ -48,12 +59,18 @@ BLUR = 0.15
 class Trainer:
     """Makes batches and their losses."""
 
-    def __init__(self, config: VideoConfig, writer: Writer, blocks: int) -> None:
+    def __init__(self, config: VideoConfig, writer: Writer, blocks: int, firsts: Path) -> None:
         self.config, self.writer = config, writer
         stream = config.stream
         self._sigmas = schedule.warped(stream.steps, stream.shift) / schedule.TABLE
         self._packed = {plan: Packed(config, layout(config, blocks, plan.switches, COPIES)) for plan in PLANS}
         self._blocks = blocks
+        self._window = Packed(config, layout(config, WINDOW, (), 1))
+        self._single = Packed(config, layout(config, 1, (), 1))
+        stored = np.load(firsts)
+        told = [tuple(triple) for triple in json.loads(str(stored["triples"]))]
+        kept = [index for index, triple in enumerate(told) if triple[0] in DRAWN]
+        self._firsts, self._told = stored["latents"][kept], [told[index] for index in kept]
 
     def batch(self, rng: np.random.Generator, shards: Sequence[Shard], size: int) -> tuple[Shard, list[int]]:
         """Clips of one plan."""
@@ -94,10 +111,60 @@ class Trainer:
         inputs, targets, sigmas = self._entries(rng, packed.entries, real, context, given)
         wide = schedule.sinusoid(schedule.TABLE * sigmas, model.config.freq_dim)
         flow = packed.flow(model, inputs, torch.from_numpy(wide), text).float()
-        counted = [
-            entry.kind == "noisy" and not (shard.plan.jump and entry.block == 1) for entry in packed.entries
-        ]
-        return (flow - targets)[:, counted].square().mean()
+        counted = [entry.kind == "noisy" and entry.block > shard.plan.jump for entry in packed.entries]
+        # By noise level: errors of the flow are largest, and matter least, where noise is low.
+        weight = torch.from_numpy(sigmas).float()
+        return ((flow - targets).square().flatten(2).mean(2) * weight)[:, counted].mean()
+
+    def first_loss(self, rng: np.random.Generator, model: WanTransformer, size: int) -> Tensor:
+        """The same for first blocks that start at one place: prompt and noise are all there is."""
+        chosen = rng.choice(len(self._firsts), size, replace=False)
+        real = torch.from_numpy(self._firsts[chosen].astype(np.float32))[:, None]
+        text = self.writer.embed([[paraphrase(rng, self._told[index])] for index in chosen])
+        inputs, targets, sigmas = self._entries(rng, self._single.entries, real, real, None)
+        wide = torch.from_numpy(schedule.sinusoid(schedule.TABLE * sigmas, model.config.freq_dim))
+        flow = self._single.flow(model, inputs, wide, text).float()
+        weight = torch.from_numpy(sigmas).float()
+        return ((flow - targets).square().flatten(2).mean(2) * weight).mean()
+
+    def window_loss(
+        self, rng: np.random.Generator, model: WanTransformer, shards: Sequence[Shard], size: int
+    ) -> Tensor:
+        """The same for one full window of each of many clips: the sink, and three blocks of any place.
+
+        All is under the prompt of the last block; blocks that follow another are context and no more. Many
+        prompts for the price of few clips: so the first steps learn what words mean.
+        """
+        latents, prompts, counted = [], [], []
+        for _ in range(size):
+            shard, chosen = self.batch(rng, shards, 1)
+            index, last = chosen[0], int(rng.integers(WINDOW - 1, self._blocks))
+            blocks = [0, last - 2, last - 1, last]
+            heads = [0, *shard.plan.switches]
+            segments = [sum(block >= head for head in heads) - 1 for block in blocks]
+            prompts.append([self.prompts(rng, shard, [index])[0][segments[-1]]])
+            latents.append(
+                shard.latents[index].reshape(self._blocks, BLOCK, *self.config.latent_shape)[blocks]
+            )
+            follows = [block - 1 in blocks[:place] for place, block in enumerate(blocks)]
+            if shard.plan.jump:
+                follows = [follow and block != 1 for follow, block in zip(follows, blocks, strict=True)]
+            counted.append(
+                [follow and own == segments[-1] for follow, own in zip(follows, segments, strict=True)]
+            )
+        real = torch.from_numpy(np.stack(latents).astype(np.float32))
+        text = self.writer.embed(prompts)
+        entries = self._window.entries
+        blur = torch.from_numpy(rng.uniform(0, BLUR, size) * (rng.random(size) < 0.5)).float()
+        context = real + blur[:, None, None, None, None, None] * torch.randn_like(real)
+        inputs, targets, sigmas = self._entries(rng, entries, real, context, None)
+        wide = torch.from_numpy(schedule.sinusoid(schedule.TABLE * sigmas, model.config.freq_dim))
+        flow = self._window.flow(model, inputs, wide, text).float()
+        wanted = torch.tensor(
+            [[entry.kind == "noisy" and row[entry.block] for entry in entries] for row in counted]
+        )
+        weight = torch.from_numpy(sigmas).float()
+        return ((flow - targets).square().flatten(2).mean(2) * weight)[wanted].mean()
 
     def _entries(
         self,
@@ -120,7 +187,9 @@ class Trainer:
                 continue
             if block not in copies:
                 # No level twice for the same block.
-                copies[block] = np.stack([rng.permutation(len(self._sigmas)) for _ in range(size)])
+                copies[block] = np.stack(
+                    [rng.choice(len(self._sigmas), COPIES, replace=False, p=LEVELS) for _ in range(size)]
+                )
             steps, copies[block] = copies[block][:, 0], copies[block][:, 1:]
             level = self._sigmas[steps]
             if given is not None and block in given:
@@ -161,74 +230,77 @@ class Trainer:
         return torch.stack(context, 1), given
 
 
-def build() -> tuple[WanTransformer, TextEncoder]:
-    """Models with fresh weights; the first prediction is no flow at all."""
-    model, text = WanTransformer(video_config().transformer), TextEncoder(text_config())
-    torch.nn.init.zeros_(model.head.head.weight)
-    for name, weight in text.named_parameters():
-        if weight.ndim == 2 and "norm" not in name:
-            # No scale divides this encoder's scores: small queries do.
-            torch.nn.init.normal_(weight, std=0.3 if "token" in name else 0.05)
-    return model, text
-
-
 def main() -> None:
     """Command line."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("icons", "vae", "tokenizer", "clips", "out"):
         parse.add_argument(f"--{name}", type=Path, required=True)
     parse.add_argument("--steps", type=int, required=True)
-    parse.add_argument("--start", type=Path, help="checkpoint to go on from")
+    parse.add_argument("--begin", type=Path, help="checkpoint to go on from")
     parse.add_argument("--rate", type=float, default=1.5e-3)
     parse.add_argument("--batch", type=int, default=8)
     parse.add_argument("--rollouts", type=float, default=0.0, help="share of steps")
+    parse.add_argument("--firsts", type=int, default=10, help="first blocks in each step")
+    parse.add_argument("--windows", type=float, default=0.0, help="share of steps with windows of many clips")
     parse.add_argument("--cool", type=float, default=0.4, help="share of steps, the last, that cool down")
     parse.add_argument("--judge-every", type=int, default=150, help="steps")
     parse.add_argument("--seed", type=int, default=1)
     args = parse.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
+    workers, worker = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if workers > 1:
+        dist.init_process_group("gloo")
+    # Whether a step has a rollout is the same for all workers; what it is about is not.
+    rng, kinds = np.random.default_rng(args.seed + worker), np.random.default_rng(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     ChannelNorm.forward = normed  # type: ignore[method-assign]
     transformer.attend = attend_plainly
     model, text = build()
-    if args.start:
-        saved = torch.load(args.start, weights_only=True)["weights"]
+    if args.begin:
+        saved = torch.load(args.begin, weights_only=True)["weights"]
         model.load_state_dict(saved["transformer"])
         text.load_state_dict(saved["text"])
+    torch.manual_seed(1000 * args.seed + worker)
     config = video_config()
     tokenizer = PromptTokenizer(args.tokenizer, config.transformer.text_tokens)
-    trainer = Trainer(config, Writer(tokenizer, text), load_shards(args.clips)[0].latents.shape[1] // BLOCK)
+    trainer = Trainer(config, Writer(tokenizer, text), BLOCKS, args.clips / "firsts.npz")
     both = torch.nn.ModuleDict({"transformer": model, "text": text})
-    optimizer = Muon(both.named_parameters(), args.rate, plain=("text.token", "transformer.head"))
+    optimizer = Muon(both.named_parameters(), args.rate, plain=PLAIN)
+    parameters = list(both.parameters())
     averaged = {name: value.clone() for name, value in both.state_dict().items()}
     vae, judge = load_vae(args.vae), Judge(Sprites(args.icons))
-    unseen = sorted(held_out())
+    unseen = sorted(triple for triple in held_out() if triple[0] in DRAWN)
     shards, losses, begun = load_shards(args.clips), [], time.perf_counter()
     for step in range(args.steps):
         if step % 100 == 0:
             shards = load_shards(args.clips)  # encoding may still go on
         left = (args.steps - step) / max(1.0, args.cool * args.steps)
         scale = min(1.0, (step + 1) / 60, 0.02 + 0.98 * left)
-        shard, chosen = trainer.batch(rng, shards, args.batch)
+        shard, chosen = trainer.batch(rng, shards, max(1, args.batch // 2))  # whole clips are longer
         with torch.autocast("cpu", torch.bfloat16):
-            loss = trainer.loss(rng, model, shard, chosen, rollout=rng.random() < args.rollouts)
+            if kinds.random() < args.windows:
+                loss = trainer.window_loss(rng, model, shards, args.batch)
+            else:
+                loss = trainer.loss(rng, model, shard, chosen, rollout=kinds.random() < args.rollouts)
+            loss = loss + FIRST * trainer.first_loss(rng, model, args.firsts)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        if workers > 1:
+            mean_gradients(parameters, workers)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(scale)
-        keep = min(0.99, step / (step + 10)) if not args.start else 0.99
+        keep = 0.98 if args.begin else min(0.98, step / (step + 10))
         with torch.no_grad():
             for name, value in both.state_dict().items():
                 averaged[name].lerp_(value, 1 - keep)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise ValueError(f"step {step}: loss is not finite")
-        if step % 25 == 24:
+        if worker == 0 and step % 25 == 24:
             seconds, clips = time.perf_counter() - begun, sum(len(s.clips) for s in shards)
             print(f"{step + 1} {seconds:.0f}s loss {np.mean(losses[-25:]):.4f} of {clips}", flush=True)
-        if (step + 1) % args.judge_every == 0 or step + 1 == args.steps:
+        if worker == 0 and ((step + 1) % args.judge_every == 0 or step + 1 == args.steps):
             own = {name: value.clone() for name, value in both.state_dict().items()}
             both.load_state_dict(averaged)
             save(args.out / "model.pt", averaged)
@@ -237,15 +309,6 @@ def main() -> None:
                 found = follow_rate(config, model, trainer.writer, vae, judge, picked, blocks=3)
             print(f"{step + 1} judge {found}", flush=True)
             both.load_state_dict(own)
-
-
-def save(path: Path, weights: dict[str, Tensor]) -> None:
-    """Write a checkpoint: weights by part."""
-    parts: dict[str, dict[str, Tensor]] = {"transformer": {}, "text": {}}
-    for name, value in weights.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = value
-    torch.save({"weights": parts}, path)
 
 
 if __name__ == "__main__":
