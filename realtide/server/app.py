@@ -34,6 +34,7 @@ from realtide_client.v1 import models_pb2_grpc, speech_pb2_grpc, video_pb2_grpc
 log = logging.getLogger(__name__)
 
 _LAG_INTERVAL = 0.05
+_SWITCH_INTERVAL = 0.0005
 _DRAIN_POLL = 0.02
 
 
@@ -259,6 +260,9 @@ def run(config: ServerConfig) -> None:
         ConfigError: see `Server.start`.
     """
     logs.configure(config.log_level, config.log_format)
+    # Executor and event loop share the interpreter's lock. Who wants it back may wait as long as this, and
+    # the executor wants it back after every graph (docs/server.md has what it gains).
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     asyncio.run(serve(config))
 
 
