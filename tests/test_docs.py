@@ -20,7 +20,7 @@ import typer
 
 from realtide.cli.main import app
 from realtide.server.app import Server
-from realtide.server.config import ServerConfig
+from realtide.server.config import CLIENT_VARIABLES, ServerConfig
 from tests.server.engine import BurstEngine, quiet, tone
 from tests.server.helpers import DEFAULTS
 from tests.server.video_engine import ClipEngine
@@ -106,7 +106,8 @@ def test_metrics_and_settings_that_are_named_exist(page: Path) -> None:
         bare = re.sub(r"_(bucket|sum|count)$", "", name)
         if not bare.startswith("realtide_client"):
             assert bare in known or bare == "realtide_", name
-    settings = {f"REALTIDE_{name.upper()}" for name in ServerConfig.model_fields} | {"REALTIDE_CONFIG"}
+    settings = {f"REALTIDE_{name.upper()}" for name in ServerConfig.model_fields}
+    settings |= {"REALTIDE_CONFIG", *CLIENT_VARIABLES}
     for name in re.findall(r"\bREALTIDE_[A-Z_]+", text):
         assert name in settings or name == "REALTIDE_", name
 

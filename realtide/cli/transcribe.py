@@ -7,10 +7,11 @@ import contextlib
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from realtide.cli import connection
 from realtide.cli.errors import CommandError, UsageError
 
 if TYPE_CHECKING:
@@ -46,17 +47,12 @@ def command(
     raw_format: Annotated[
         str, typer.Option("--format", help="Raw audio from a pipe: s16le or f32le.", rich_help_panel=_AUDIO)
     ] = "s16le",
-    server: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Use this server.", rich_help_panel=_SERVER),
-    ] = None,
-    tls: Annotated[bool, typer.Option("--tls", help="Connect with TLS.", rich_help_panel=_SERVER)] = False,
-    ca: Annotated[
-        Path | None,
-        typer.Option(
-            help="PEM roots to trust (implies --tls).", exists=True, dir_okay=False, rich_help_panel=_SERVER
-        ),
-    ] = None,
+    server: connection.Server = None,
+    tls: connection.Tls = False,
+    ca: connection.Ca = None,
+    client_cert: connection.Certificate = None,
+    client_key: connection.Key = None,
+    api_key_file: connection.ApiKeyFile = None,
     bundle: Annotated[
         str | None, typer.Option(help="Bundle for the own server.", rich_help_panel=_SERVER)
     ] = None,
@@ -127,7 +123,7 @@ def command(
         heard = audio.from_stream(pipe, seconds, audio.check_raw_format(raw_format), rate)
     else:
         heard = audio.from_file(Path(source or ""), seconds)
-    roots = ca.read_bytes() if ca is not None else None
+    credentials = connection.credentials(tls, ca, client_cert, client_key, api_key_file)
     try:
         options = SpeechOptions(
             model=model,
@@ -142,7 +138,7 @@ def command(
             ),
             boosts=(PhraseBoost(tuple(boost), boost_weight),) if boost else (),
         )
-        work = _run(heard, options, server, tls, roots, bundle, pace=pace, as_json=as_json, stats=stats)
+        work = _run(heard, options, server, credentials, bundle, pace=pace, as_json=as_json, stats=stats)
         asyncio.run(work)
     except RealtideError as error:
         raise CommandError(str(error)) from None
@@ -152,8 +148,7 @@ async def _run(
     source: Source,
     options: SpeechOptions,
     server: str | None,
-    tls: bool,
-    ca: bytes | None,
+    credentials: dict[str, Any],
     bundle: str | None,
     *,
     pace: bool,
@@ -164,8 +159,9 @@ async def _run(
     from realtide_client import connect
 
     async with contextlib.AsyncExitStack() as stack:
-        address = server or (await start_server(stack, bundle, "speech")).address
-        client = await stack.enter_async_context(connect(address, tls=tls, root_certificates=ca))
+        if server is None:  # its own one, which asks for nothing
+            server, credentials = (await start_server(stack, bundle, "speech")).address, {}
+        client = await stack.enter_async_context(connect(server, **credentials))
         display = _display(source, as_json)
         stop = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, _interrupt, stop)

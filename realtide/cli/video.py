@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from realtide.cli import connection
 from realtide.cli.errors import CommandError, UsageError
 
 if TYPE_CHECKING:
@@ -118,16 +119,12 @@ def command(
     stats: Annotated[
         bool, typer.Option("--stats", help="End with rates and delays.", rich_help_panel=_OUTPUT)
     ] = False,
-    server: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Use this server.", rich_help_panel=_SERVER)
-    ] = None,
-    tls: Annotated[bool, typer.Option("--tls", help="Connect with TLS.", rich_help_panel=_SERVER)] = False,
-    ca: Annotated[
-        Path | None,
-        typer.Option(
-            help="PEM roots to trust (implies --tls).", exists=True, dir_okay=False, rich_help_panel=_SERVER
-        ),
-    ] = None,
+    server: connection.Server = None,
+    tls: connection.Tls = False,
+    ca: connection.Ca = None,
+    client_cert: connection.Certificate = None,
+    client_key: connection.Key = None,
+    api_key_file: connection.ApiKeyFile = None,
     bundle: Annotated[
         str | None, typer.Option(help="Bundle for the own server.", rich_help_panel=_SERVER)
     ] = None,
@@ -169,6 +166,7 @@ def command(
     from realtide.cli.video_out import sink_for
     from realtide_client import RealtideError, VideoOptions
 
+    credentials = connection.credentials(tls, ca, client_cert, client_key, api_key_file)
     sink = sink_for(out, raw=interactive)
     if quality is not None and sink.encoding == "raw_rgb":
         raise UsageError("--quality is for JPEG and MP4 that the server makes")
@@ -188,7 +186,7 @@ def command(
         )
         length = None if endless or (interactive and seconds is None) else (seconds or _SECONDS)
         run = Run(options, changes, length, frames, sink, interactive, pace or interactive, buffer, as_json)
-        summary, written = asyncio.run(run.at(server, tls, ca.read_bytes() if ca else None, bundle))
+        summary, written = asyncio.run(run.at(server, credentials, bundle))
     except RealtideError as error:
         raise CommandError(str(error)) from None
     except ValueError as error:  # a number that no message can hold
@@ -234,7 +232,7 @@ class Run:
     rate: float = 0.0  # frames per second, once known
 
     async def at(
-        self, server: str | None, tls: bool, ca: bytes | None, bundle: str | None
+        self, server: str | None, credentials: dict[str, Any], bundle: str | None
     ) -> tuple[Summary, list[str]]:
         """Make it, on this server or an own one; gives its figures and what was written."""
         from realtide.cli.own_server import OwnServer
@@ -245,8 +243,8 @@ class Run:
             own: OwnServer | None = None
             if server is None:
                 own = await start_server(stack, bundle, "video")
-                server = own.address
-            client = await stack.enter_async_context(connect(server, tls=tls, root_certificates=ca))
+                server, credentials = own.address, {}  # which asks for nothing
+            client = await stack.enter_async_context(connect(server, **credentials))
             return await self._with(client, own.metrics_url if own is not None else None)
 
     async def _with(self, client: Client, metrics_url: str | None) -> tuple[Summary, list[str]]:

@@ -21,7 +21,8 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 import realtide
-from realtide.server import logs, models, models_service, speech_service, video_service
+from realtide.server import logs, models, models_service, speech_service, tls, video_service
+from realtide.server.access import Access, AccessInterceptor
 from realtide.server.config import ConfigError, ServerConfig
 from realtide.server.health import HealthReporter
 from realtide.server.host import Host
@@ -36,13 +37,15 @@ log = logging.getLogger(__name__)
 _LAG_INTERVAL = 0.05
 _SWITCH_INTERVAL = 0.0005
 _DRAIN_POLL = 0.02
+# Time in milliseconds that a connection has for its handshake, and that it may stay without a call.
+_HANDSHAKE, _IDLE_CONNECTION = 10_000, 600_000
 
 
 class Server:
     """One server; ``async with Server(config) as server`` starts and stops it.
 
     Args:
-        config: settings; port 0 chooses a free one (see `port` and `metrics_port`).
+        config: settings; port 0 chooses a free one (see `port`, `metrics_port` and `admin_port`).
         engines: serve these instead of loading `config.models`; those of one model share its queue.
     """
 
@@ -52,11 +55,14 @@ class Server:
         self.host = Host(config, self.metrics, realtide.__version__)
         self.port = 0
         self.metrics_port = 0
+        self.admin_port: int | None = None
+        self.access: Access | None = None
         self._engines = engines
         self._health = HealthReporter(self.host)
         self._tasks: list[asyncio.Task[None]] = []
         self._http: Any = None
         self._grpc: Any = None
+        self._admin: Any = None
         self._hurry = asyncio.Event()
         self._stopped = False
 
@@ -64,7 +70,8 @@ class Server:
         """Load the models, start executors and listen.
 
         Raises:
-            ConfigError: no model, a bundle that cannot be served, or an address that is in use.
+            ConfigError: no model, a bundle that cannot be served, certificates or keys that cannot be used,
+                or an address that is in use.
         """
         try:
             await self._start()
@@ -74,13 +81,18 @@ class Server:
             raise
 
     async def _start(self) -> None:
+        # What is wrong with keys or certificates is said before models are loaded.
+        access = self.access = Access(self.config, self.metrics)
+        credentials = self._credentials()
         for name, engines in (await self._load()).items():
             model = models.serve(engines, self.config, self.metrics, self._health.changed)
             self.host.models[name] = model
             model.start()
         if not self.host.models:
             raise ConfigError("models: none given, at least one bundle is needed")
-        await self._listen()
+        self._listen(access, credentials)
+        if self.config.admin_port is not None:
+            self._listen_admin(self.config.admin_port)
         if self.config.metrics_enabled:
             try:
                 self._http = start_http_server(
@@ -94,11 +106,19 @@ class Server:
         self._tasks = [
             asyncio.create_task(self._health.run()),
             asyncio.create_task(_measure_lag(self.metrics)),
+            asyncio.create_task(access.watch(lambda: self.host.streams)),
         ]
+        if self._admin is not None:
+            await self._admin.start()
         await self._grpc.start()
         log.info("ready", extra=self.ready())
         if self.config.port_file is not None:
             _write(self.config.port_file, json.dumps(self.ready()))
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the models are loaded."""
+        return self._grpc is not None
 
     def ready(self) -> dict[str, Any]:
         """What a parent process needs to know."""
@@ -107,6 +127,7 @@ class Server:
             "pid": os.getpid(),
             "port": self.port,
             "metrics_port": self.metrics_port,
+            **({} if self.admin_port is None else {"admin_port": self.admin_port}),
             "models": sorted(self.host.models),
         }
 
@@ -128,11 +149,22 @@ class Server:
             log.info("model loaded", extra={"model": name, "seconds": round(seconds, 3)})
         return found
 
-    async def _listen(self) -> None:
+    def _credentials(self) -> grpc.ServerCredentials | None:
+        failed = self.metrics.reload_failures.labels("tls")
+        certificates = tls.certificates(self.config, failed.inc)
+        if certificates is not None:
+            return certificates.credentials()
+        if self.config.api_key_file is not None:
+            log.warning("keys are asked for without TLS: whoever listens on the way can copy them")
+        return None
+
+    def _listen(self, access: Access, credentials: grpc.ServerCredentials | None) -> None:
         config = self.config
         received = max(4 * config.max_message_bytes, config.max_checkpoint_bytes + 1024)
+        # Of a connection's age only the GOAWAY is gRPC's; sessions are sent away one by one (sessions.py).
+        age = [("grpc.max_connection_age_ms", round(config.max_connection_age * 1000))]
         self._grpc = grpc.aio.server(
-            interceptors=[MetricsInterceptor(self.metrics.grpc)],
+            interceptors=[MetricsInterceptor(self.metrics.grpc), AccessInterceptor(access)],
             maximum_concurrent_rpcs=config.max_streams,
             options=[
                 # Above max_message_bytes the session itself refuses, with details; far above, gRPC does.
@@ -143,27 +175,25 @@ class Server:
                 ("grpc.keepalive_timeout_ms", round(config.keepalive_timeout * 1000)),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5000),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE),
+                ("grpc.max_connection_idle_ms", _IDLE_CONNECTION),
+                *(age if config.max_connection_age else ()),
             ],
         )
         speech_pb2_grpc.add_SpeechServicer_to_server(speech_service.SpeechService(self.host), self._grpc)
         video_pb2_grpc.add_VideoServicer_to_server(video_service.VideoService(self.host), self._grpc)
         models_pb2_grpc.add_ModelsServicer_to_server(models_service.ModelsService(self.host), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._grpc)
-        names = (
-            speech_service.SERVICE,
-            video_service.SERVICE,
-            models_service.SERVICE,
-            "grpc.health.v1.Health",
-        )
-        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._grpc)
-        address = f"{config.host}:{config.port}"
-        try:
-            if config.tls_certificate is None:
-                self.port = self._grpc.add_insecure_port(address)
-            else:
-                self.port = self._grpc.add_secure_port(address, _credentials(config))
-        except RuntimeError as error:
-            raise ConfigError(f"port: cannot listen on {address}: {error}") from None
+        if config.admin_port is None:
+            reflection.enable_server_reflection(_SERVICES, self._grpc)
+        self.port = _bind("port", self._grpc, config.host, config.port, credentials)
+
+    def _listen_admin(self, port: int) -> None:
+        """Health for probes, which hold no keys and may speak no TLS, and reflection."""
+        self._admin = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._admin)
+        reflection.enable_server_reflection(_SERVICES, self._admin)
+        self.admin_port = _bind("admin_port", self._admin, self.config.admin_host, port, None)
 
     def drain(self) -> None:
         """Take no more sessions; tell those there are to go on elsewhere. Any number of times."""
@@ -182,19 +212,11 @@ class Server:
             return
         self._stopped = True
         if self._grpc is not None:
-            self.drain()
-            await self._until_drained()
-            stopping = asyncio.ensure_future(
-                self._grpc.stop(0.0 if self._hurry.is_set() else self.config.grace_seconds)
-            )
-            hurry = asyncio.create_task(self._hurry.wait())
-            await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
-            if not stopping.done():
-                await self._grpc.stop(0.0)
-            await stopping
-            hurry.cancel()
+            await self._stop_grpc()
         for model in self.host.models.values():
             await model.stop()
+        if self._admin is not None:
+            await self._admin.stop(0.0)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -205,10 +227,25 @@ class Server:
             await asyncio.to_thread(thread.join)
         log.info("stopped")
 
-    async def _until_drained(self) -> None:
-        """Wait until no stream is left; their deadlines see to it that this ends."""
+    async def _stop_grpc(self) -> None:
+        """Close the door at once, so that balancers go elsewhere; then wait for whoever is inside."""
+        self.drain()
         loop = asyncio.get_running_loop()
         end = (self.host.drain_until or loop.time()) + self.config.grace_seconds
+        # Streams that exist go on, those of health's watchers too; new connections are refused.
+        stopping = asyncio.ensure_future(self._grpc.stop(max(end - loop.time(), 0.0)))
+        await self._until_drained(end)
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        left = min(max(end - loop.time(), 0.0), self.config.grace_seconds)
+        await asyncio.wait({stopping, hurry}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not stopping.done():
+            await self._grpc.stop(0.0)
+        await stopping
+
+    async def _until_drained(self, end: float) -> None:
+        """Wait until no stream is left, or until loop time `end`."""
+        loop = asyncio.get_running_loop()
         while self.host.streams and not self._hurry.is_set() and loop.time() < end:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), _DRAIN_POLL)
@@ -236,6 +273,11 @@ async def serve(config: ServerConfig, engines: Sequence[AnyEngine] | None = None
     server = Server(config, engines)
 
     def on_signal() -> None:
+        if not server.loaded:
+            # Nobody is served yet, and a model that is being loaded cannot be interrupted.
+            log.info("stopped while loading")
+            logging.shutdown()
+            os._exit(0)
         if asked.is_set():
             server.hurry()
         asked.set()
@@ -274,12 +316,24 @@ async def _measure_lag(metrics: Metrics) -> None:
         metrics.loop_lag.observe(max(loop.time() - due, 0.0))
 
 
-def _credentials(config: ServerConfig) -> grpc.ServerCredentials:
-    if config.tls_certificate is None or config.tls_key is None:
-        raise ConfigError("tls_certificate and tls_key: both are needed")
-    roots = config.tls_client_ca.read_bytes() if config.tls_client_ca is not None else None
-    pair = (config.tls_key.read_bytes(), config.tls_certificate.read_bytes())
-    return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)
+_SERVICES = (
+    speech_service.SERVICE,
+    video_service.SERVICE,
+    models_service.SERVICE,
+    "grpc.health.v1.Health",
+    reflection.SERVICE_NAME,
+)
+
+
+def _bind(field: str, server: Any, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
+    """Give `server` an address; the port that it got."""
+    address = f"{host}:{port}"
+    try:
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError as error:
+        raise ConfigError(f"{field}: cannot listen on {address}: {error}") from None
 
 
 def _write(path: Path, text: str) -> None:

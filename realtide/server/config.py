@@ -23,6 +23,10 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Setting
 ENV_PREFIX = "REALTIDE_"
 # Read by `load_config` itself: the configuration file's path.
 ENV_FILE = ENV_PREFIX + "CONFIG"
+# Read by the commands that are clients of a server; one environment may hold both kinds.
+CLIENT_VARIABLES = frozenset(f"{ENV_PREFIX}CLIENT_{name}" for name in ("API_KEY", "CA", "CERTIFICATE", "KEY"))
+# Settings that are never shown.
+SECRETS = ("checkpoint_key", "api_key_pepper")
 # Kubernetes puts REALTIDE_PORT=tcp://..., REALTIDE_SERVICE_HOST, REALTIDE_PORT_50051_TCP... into every pod of
 # a namespace that has a Service called "realtide". They are not ours and must neither be refused nor be read.
 _KUBERNETES = re.compile(
@@ -66,12 +70,33 @@ class ServerConfig(BaseModel):
     port_file: Path | None = Field(
         None, description="File to write the ports to (JSON) once the server is ready."
     )
-    tls_certificate: Path | None = Field(
-        None, description="PEM chain of the server; with tls_key turns TLS on."
+    admin_host: str = Field("0.0.0.0", min_length=1, description="Address of the admin port.")
+    admin_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port for health and reflection, plain text, without keys; 0: any free one; None: none.",
     )
-    tls_key: Path | None = Field(None, description="PEM private key of the server.")
+
+    # Who
+    tls_certificate: Path | None = Field(
+        None, description="PEM chain of the server; with tls_key turns TLS on. Read again when it changes."
+    )
+    tls_key: Path | None = Field(None, description="PEM private key of the server, without a passphrase.")
     tls_client_ca: Path | None = Field(
-        None, description="PEM roots; if given, clients must show a certificate."
+        None, description="PEM roots; if given, clients must show a certificate of theirs."
+    )
+    api_key_file: Path | None = Field(
+        None, description="YAML file of hashed API keys; read again when it changes. None: no key is needed."
+    )
+    api_key_pepper: str | None = Field(
+        None, min_length=16, repr=False, description="Secret that goes into the hashes of API keys."
+    )
+    max_client_sessions: int = Field(
+        0, ge=0, le=1_000_000, description="Sessions of one client at once, unless its key says; 0: no limit."
+    )
+    client_opens_per_minute: float = Field(
+        0.0, ge=0.0, le=1e6, description="Sessions that a client may begin a minute, likewise; 0: no limit."
     )
 
     # What
@@ -156,6 +181,16 @@ class ServerConfig(BaseModel):
         30.0, ge=1.0, le=7200.0, description="Interval of pings to silent connections."
     )
     keepalive_timeout: float = Field(10.0, ge=0.1, le=600.0, description="Wait for a ping's answer.")
+    max_connection_age: float = Field(
+        0.0,
+        ge=0.0,
+        le=604800.0,
+        description="Age, give or take a tenth, at which connections and sessions are sent away so that load "
+        "spreads again; 0: never.",
+    )
+    max_connection_grace: float = Field(
+        30.0, ge=0.0, le=86400.0, description="Time from then to UNAVAILABLE for a session."
+    )
 
     # Logs
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -186,7 +221,9 @@ class ServerConfig(BaseModel):
             raise ValueError("tls_certificate and tls_key: give both or neither")
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca: needs tls_certificate and tls_key")
-        for field in ("tls_certificate", "tls_key", "tls_client_ca"):
+        if self.api_key_pepper is not None and self.api_key_file is None:
+            raise ValueError("api_key_pepper: needs api_key_file")
+        for field in ("tls_certificate", "tls_key", "tls_client_ca", "api_key_file"):
             path = getattr(self, field)
             if path is not None and not path.is_file():
                 raise ValueError(f"{field}: no such file: {path}")
@@ -195,9 +232,7 @@ class ServerConfig(BaseModel):
     def printable(self) -> dict[str, Any]:
         """The settings in force as plain JSON types, secrets replaced (for ``serve --print-config``)."""
         data = self.model_dump(mode="json")
-        if data["checkpoint_key"] is not None:
-            data["checkpoint_key"] = "***"
-        return data
+        return data | {name: "***" for name in SECRETS if data[name] is not None}
 
 
 class _Environment(ServerConfig, BaseSettings):
@@ -257,6 +292,7 @@ def _read_environment() -> dict[str, Any]:
         if name.startswith(ENV_PREFIX)
         and name not in known
         and name != ENV_FILE
+        and name not in CLIENT_VARIABLES
         and not _KUBERNETES.fullmatch(name)
     ]
     if unknown:
@@ -281,7 +317,7 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
         elif not path:
             lines.append(message)
         else:
-            given = "" if path == "checkpoint_key" else f", got {problem['input']!r}"
+            given = "" if path in SECRETS else f", got {problem['input']!r}"
             lines.append(f"{path}: {message}{_range(path)}{given} ({source})")
     return "\n".join(lines)
 

@@ -118,6 +118,13 @@ _KINDS = {
 }
 
 
+def rewrapped(handler: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:
+    """A method's handler with its behaviour, whatever its kind, replaced by `wrap` of it."""
+    _, attribute, make = _KINDS[handler.request_streaming, handler.response_streaming]
+    behaviour = wrap(getattr(handler, attribute))
+    return make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+
 class MetricsInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in the stubs
     """Wraps every handler, once per method."""
 
@@ -136,9 +143,8 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] 
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None
-            kind, attribute, make = _KINDS[handler.request_streaming, handler.response_streaming]
-            wrapped = _Call(self._metrics, kind, method).wrap(
-                getattr(handler, attribute), handler.request_streaming
-            )
-            self._handlers[method] = make(wrapped, handler.request_deserializer, handler.response_serializer)
+            kind = _KINDS[handler.request_streaming, handler.response_streaming][0]
+            call = _Call(self._metrics, kind, method)
+            streams_in = handler.request_streaming
+            self._handlers[method] = rewrapped(handler, lambda behaviour: call.wrap(behaviour, streams_in))
         return self._handlers[method]

@@ -78,6 +78,15 @@ _CALL = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 18
 
 OUTCOMES = ("ok", "cancelled", "client_error", "server_error", "drained", "resumed_elsewhere")
 REFUSALS = ("queue_full", "queue_timeout", "draining", "failed")
+CALL_REFUSALS = (
+    "no_key",
+    "wrong_key",
+    "expired_key",
+    "forbidden_service",
+    "client_sessions",
+    "client_rate",
+)
+RELOADED = ("api_keys", "tls")
 FRAME_STAGES = ("denoised", "decoded", "delivered")
 
 
@@ -202,6 +211,22 @@ class Metrics:
         self.model_info = gauge("model_info", "1.", "version", "backend", "precision", "device")
         self.build_info = Gauge("realtide_build_info", "1.", ("version", "python"), registry=self.registry)
         self.build_info.labels(version, platform.python_version()).set(1)
+        self.calls_refused = Counter(
+            "realtide_calls_refused",
+            "Calls refused before they were begun.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.reload_failures = Counter(
+            "realtide_reload_failures",
+            "Files that changed and could not be used.",
+            ("file",),
+            registry=self.registry,
+        )
+        for reason in CALL_REFUSALS:
+            self.calls_refused.labels(reason)
+        for file in RELOADED:
+            self.reload_failures.labels(file)
         self.loop_lag = Histogram(
             "realtide_event_loop_lag_seconds",
             "How late the event loop runs a timer.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -22,6 +23,7 @@ from google.protobuf.message import DecodeError, Message
 
 from realtide.engines.engine import CheckpointMismatch, Engine, Session, SlotsExhausted
 from realtide.server import checkpoint, status
+from realtide.server.access import caller
 from realtide.server.admission import Refused
 from realtide.server.config import ServerConfig
 from realtide.server.executor import ExecutorStopped
@@ -36,6 +38,9 @@ log = logging.getLogger(__name__)
 
 # Exports that may be under way at once; the next request is not read before one of them is answered.
 _EXPORTS = 2
+# Ages, in parts of max_connection_age, at which sessions are sent away: those that came together, perhaps
+# from a server that stopped, do not go together.
+_AGES = (0.9, 1.1)
 # Longest wait, in seconds, for a client to take the checkpoint that it gets when the drain's deadline has
 # come.
 _LAST_CHECKPOINT = 1.0
@@ -64,6 +69,7 @@ class _Wish:
     going_away: float | None = None  # seconds that are left
     periodic: bool = False
     last: bool = False
+    reason: str = ""  # of going_away
 
 
 @dataclass(slots=True)
@@ -86,6 +92,7 @@ class StreamSession(ABC):
         self.received = 0  # position after the last media unit received; of generated media, the credit
         self.processed = 0  # position after the last one that was processed
         self.opened_at = 0.0
+        self.caller = caller.get()
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[StatusError] = self._loop.create_future()
@@ -210,13 +217,16 @@ class StreamSession(ABC):
 
     # -- from outside ------------------------------------------------------------------------------------
 
-    def drain(self, seconds: float) -> None:
+    def drain(self, seconds: float, reason: str = "shutting down") -> None:
         """Tell the client to go elsewhere within `seconds`; then end the stream."""
         if self._handle is None:
             # Still before its first message, or in the queue, which admission empties.
             self.stop(status.refused(Refused("draining", None)))
             return
-        self._handle.put_now(Export(_Wish(asked=False, going_away=seconds)))
+        cut = self._timers.get("cut")
+        if cut is not None and cut.when() <= self._loop.time() + seconds:
+            return  # it has been told already, and has less time
+        self._handle.put_now(Export(_Wish(asked=False, going_away=seconds, reason=reason)))
         self._later("cut", seconds, self._cut)
 
     def stop(self, error: StatusError) -> None:
@@ -346,7 +356,10 @@ class StreamSession(ABC):
         # would carry the metadata, waits for a client that does not read. Not earlier, or clients could not
         # retry refusals.
         await self._context.send_initial_metadata(())
-        log.info("session opened", extra={"model": plan.model.name, "resumed": plan.resumed})
+        opened = {"model": plan.model.name, "resumed": plan.resumed}
+        if self.caller is not None:
+            opened["client"] = self.caller.name
+        log.info("session opened", extra=opened)
         self._plan_in_force = plan
         if plan.checkpoint_interval:
             self._checkpoint_units = max(int(plan.checkpoint_interval * self.rate / 1000), 1)
@@ -359,6 +372,10 @@ class StreamSession(ABC):
             self._later(
                 "length", limit, lambda: self.stop(StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, problem))
             )
+        if self.config.max_connection_age:
+            age = self.config.max_connection_age * random.uniform(*_AGES)
+            grace = self.config.max_connection_grace
+            self._later("age", age, lambda: self.drain(grace, "connection age"))
         if self.host.drain_until is not None:  # the drain began while this session was being opened
             self.drain(max(self.host.drain_until - self._loop.time(), 0.0))
         reader = asyncio.create_task(self._read())
@@ -466,7 +483,7 @@ class StreamSession(ABC):
             sealed.request_id = wish.request_id
         if wish.going_away is not None:
             self._going_away = True
-            going = common_pb2.GoingAway(deadline_ms=round(wish.going_away * 1000), reason="shutting down")
+            going = common_pb2.GoingAway(deadline_ms=round(wish.going_away * 1000), reason=wish.reason)
             if sealed is not None:
                 going.checkpoint.CopyFrom(sealed)
             await self._send(self.response(going_away=going))
@@ -529,6 +546,8 @@ class StreamSession(ABC):
         self._later("gone", min(_LAST_CHECKPOINT, self.config.grace_seconds / 2), lambda: self.stop(_gone()))
 
     def _later(self, name: str, seconds: float, call: Callable[[], None]) -> None:
+        if (before := self._timers.get(name)) is not None:
+            before.cancel()
         self._timers[name] = self._loop.call_later(seconds, call)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -72,16 +73,36 @@ def no_model(name: str, known: Sequence[str]) -> StatusError:
     return StatusError(grpc.StatusCode.NOT_FOUND, problem, [info])
 
 
+def unauthenticated() -> StatusError:
+    """UNAUTHENTICATED: no key, or one that does not hold. Why is not said."""
+    return StatusError(grpc.StatusCode.UNAUTHENTICATED, "authentication failed")
+
+
+def forbidden() -> StatusError:
+    """PERMISSION_DENIED: the key is good, but not for this service."""
+    return StatusError(grpc.StatusCode.PERMISSION_DENIED, "not allowed with this key")
+
+
+def over_quota(seconds: float) -> StatusError:
+    """RESOURCE_EXHAUSTED with RetryInfo: the client has, or began, as many sessions as it may."""
+    message = f"the client's quota is used up: try again in {seconds:.1f} s"
+    return StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, [_retry(seconds)])
+
+
+def _retry(seconds: float) -> error_details_pb2.RetryInfo:
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.FromMilliseconds(math.ceil(seconds * 1000))
+    return retry
+
+
 def refused(error: Refused) -> StatusError:
     """What a client without a slot is told."""
     if error.reason in ("draining", "failed"):
         what = "the server is going away" if error.reason == "draining" else "the model has failed"
         return StatusError(grpc.StatusCode.UNAVAILABLE, f"{what}: try another one")
-    retry = error_details_pb2.RetryInfo()
-    retry.retry_delay.FromMilliseconds(round((error.retry_after or 0.0) * 1000))
     what = "slots and queue are full" if error.reason == "queue_full" else "no slot came free in time"
     message = f"{what}: try again in {error.retry_after or 0.0:.1f} s"
-    return StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, [retry])
+    return StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, [_retry(error.retry_after or 0.0)])
 
 
 def idle(seconds: float, what: str) -> StatusError:

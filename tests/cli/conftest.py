@@ -12,9 +12,10 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,20 +123,21 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A server of speech that runs while the module's tests do."""
-    yield from _served(BurstEngine())
+    yield from served([BurstEngine()])
 
 
 @pytest.fixture(scope="module")
 def video_address() -> Iterator[str]:
     """A server of video that runs while the module's tests do; a step takes 5 ms."""
-    yield from _served(ClipEngine(delay=0.005))
+    yield from served([ClipEngine(delay=0.005)])
 
 
-def _served(engine: AnyEngine) -> Iterator[str]:
+def served(engines: Sequence[AnyEngine], **settings: Any) -> Iterator[str]:
+    """A server that runs until the next one is asked for."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = Server(ServerConfig(**DEFAULTS), [engine])
+    server = Server(ServerConfig(**(DEFAULTS | settings)), engines)
     asyncio.run_coroutine_threadsafe(server.start(), loop).result()
     yield f"127.0.0.1:{server.port}"
     asyncio.run_coroutine_threadsafe(server.stop(), loop).result()

@@ -16,14 +16,16 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from realtide.server.app import Server
 from realtide.server.config import ConfigError, ModelConfig, ServerConfig
 from realtide.server.loading import load_engines
-from realtide_client.v1 import models_pb2, models_pb2_grpc, speech_pb2_grpc
+from realtide_client.v1 import speech_pb2_grpc
 from tests.server.engine import BurstEngine, pcm16, tone
 from tests.server.helpers import DEFAULTS, audio, failure, finish, opening, responses, running
 
+SERVING, NOT_SERVING = 1, 2
 ROOT = Path(__file__).parents[2]
 
 
@@ -99,6 +101,83 @@ async def test_the_second_signal_does_not_wait() -> None:
         await channel.close(None)
 
 
+async def test_a_server_that_stops_takes_no_new_connections() -> None:
+    async with process(drain_seconds=30.0, admin_host="127.0.0.1", admin_port=0) as (child, ready):
+        channel, call = await opened(ready["port"])
+        child.send_signal(signal.SIGTERM)
+        assert (await call.read()).WhichOneof("message") == "going_away"
+        async with asyncio.timeout(10):
+            while await connects(ready["port"]):
+                await asyncio.sleep(0.01)
+        # Those who ask get an answer all the while.
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{ready['admin_port']}") as admin:
+            stub: Any = health_pb2_grpc.HealthStub(admin)
+            assert (await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)).status == NOT_SERVING
+        await call.write(finish())
+        await responses(call)
+        async with asyncio.timeout(30):
+            await child.wait()
+        assert child.returncode == 0
+        await channel.close(None)
+
+
+async def connects(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionRefusedError:
+        return False
+    writer.close()
+    return True
+
+
+async def test_who_watches_health_hears_of_the_drain_and_holds_up_nothing() -> None:
+    async with (
+        process(drain_seconds=3600.0, grace_seconds=0.5) as (child, ready),
+        grpc.aio.insecure_channel(f"127.0.0.1:{ready['port']}") as channel,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        child.send_signal(signal.SIGTERM)
+        assert (await watch.read()).status == NOT_SERVING
+        async with asyncio.timeout(30):
+            await child.wait()
+        assert child.returncode == 0
+        watch.cancel()
+
+
+async def test_a_signal_while_models_are_loaded() -> None:
+    code = (
+        "import asyncio, time\n"
+        "from realtide.server import app, config\n"
+        "def slow(model, settings):\n"
+        "    print('loading', flush=True)\n"
+        "    time.sleep(3600)\n"
+        "app.load_engines = slow\n"
+        "app.run(config.ServerConfig(models=['somewhere'], log_format='json'))\n"
+    )
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        code,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        assert child.stdout is not None
+        async with asyncio.timeout(60):
+            assert await child.stdout.readline() == b"loading\n"
+            child.send_signal(signal.SIGTERM)
+            _, errors = await child.communicate()
+        assert child.returncode == 0, errors.decode()
+        assert json.loads(errors.decode().splitlines()[-1])["message"] == "stopped while loading"
+    finally:
+        if child.returncode is None:
+            child.kill()
+
+
 async def test_an_address_in_use_is_a_sentence() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -106,6 +185,10 @@ async def test_an_address_in_use_is_a_sentence() -> None:
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port: cannot listen on 127.0.0.1:{port}"):
             async with Server(ServerConfig(**(DEFAULTS | {"port": port})), [BurstEngine()]):
+                pass
+        settings: dict[str, Any] = {"admin_host": "127.0.0.1", "admin_port": port}
+        with pytest.raises(ConfigError, match=f"admin_port: cannot listen on 127.0.0.1:{port}"):
+            async with Server(ServerConfig(**(DEFAULTS | settings)), [BurstEngine()]):
                 pass
         settings = {"metrics_enabled": True, "metrics_port": port}
         with pytest.raises(ConfigError, match=f"metrics_port: {port} cannot be used"):
@@ -168,31 +251,6 @@ async def test_stopping_twice_and_without_a_start() -> None:
     async with running() as live:
         await live.server.stop()
         await live.server.stop()
-
-
-def _self_signed(key: Path, certificate: Path) -> None:
-    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    files = ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run([*request, *names, *files], check=True, capture_output=True)
-
-
-async def test_tls(tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    _self_signed(key, certificate)
-    settings: dict[str, Any] = {"tls_certificate": certificate, "tls_key": key, "tls_client_ca": certificate}
-    async with running(**settings) as server:
-        pem = certificate.read_bytes()
-        with_own = grpc.ssl_channel_credentials(pem, key.read_bytes(), pem)
-        async with grpc.aio.secure_channel(f"localhost:{server.server.port}", with_own) as channel:
-            stub: Any = models_pb2_grpc.ModelsStub(channel)
-            listed = await stub.ListModels(models_pb2.ListModelsRequest())
-            assert [model.name for model in listed.models] == ["bursts"]
-        without = grpc.ssl_channel_credentials(pem)
-        async with grpc.aio.secure_channel(f"localhost:{server.server.port}", without) as channel:
-            stub = models_pb2_grpc.ModelsStub(channel)
-            with pytest.raises(grpc.aio.AioRpcError):
-                await stub.ListModels(models_pb2.ListModelsRequest(), timeout=5)
 
 
 def test_serving_imports_no_torch() -> None:

@@ -65,6 +65,12 @@ def test_models_from_the_environment(monkeypatch: pytest.MonkeyPatch, value: str
         ({"tls_key": "x"}, ["tls_certificate and tls_key"]),
         ({"tls_client_ca": "x"}, ["tls_client_ca"]),
         ({"tls_key": "/nowhere", "tls_certificate": "/nowhere"}, ["no such file"]),
+        ({"api_key_file": "/nowhere"}, ["api_key_file: no such file: /nowhere"]),
+        ({"api_key_pepper": "a secret of length"}, ["api_key_pepper: needs api_key_file"]),
+        ({"max_client_sessions": -1}, ["max_client_sessions", "at least 0, at most 1000000"]),
+        ({"client_opens_per_minute": -1}, ["client_opens_per_minute", "at least 0"]),
+        ({"admin_port": 65536}, ["admin_port", "at least 0, at most 65535"]),
+        ({"max_connection_age": -1}, ["max_connection_age", "at least 0.0, at most 604800.0"]),
     ],
 )
 def test_refused(flags: dict[str, Any], words: list[str]) -> None:
@@ -114,13 +120,27 @@ def test_files_that_cannot_be_used(tmp_path: Path, text: str) -> None:
         load_config(tmp_path / "nowhere.yaml")
 
 
-def test_secrets_are_not_printed() -> None:
-    config = load_config(flags={"checkpoint_key": "a secret of length"})
+@pytest.mark.parametrize("name", ["checkpoint_key", "api_key_pepper"])
+def test_secrets_are_not_printed(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text("")
+    config = load_config(flags={name: "a secret of length", "api_key_file": file})
     assert "a secret" not in str(config.printable())
     assert "a secret" not in repr(config)
     with pytest.raises(ConfigError) as error:
-        load_config(flags={"checkpoint_key": "tooshort"})
+        load_config(flags={name: "tooshort", "api_key_file": file})
     assert "tooshort" not in str(error.value)
+
+
+def test_what_the_commands_read_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("API_KEY", "CA", "CERTIFICATE", "KEY"):
+        monkeypatch.setenv(f"REALTIDE_CLIENT_{name}", "x")
+    assert load_config() == ServerConfig()
+    monkeypatch.setenv("REALTIDE_CLIENT_OPENS_PER_MINUTE", "7")  # which is a setting
+    assert load_config().client_opens_per_minute == 7
+    monkeypatch.setenv("REALTIDE_CLIENT_APIKEY", "x")
+    with pytest.raises(ConfigError, match="REALTIDE_CLIENT_APIKEY: no such setting"):
+        load_config()
 
 
 def test_what_is_printed_can_be_loaded(tmp_path: Path) -> None:

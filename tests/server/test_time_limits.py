@@ -236,3 +236,42 @@ async def test_hurry_does_not_wait() -> None:
         async with asyncio.timeout(20):
             await stopping
         await failure(call)
+
+
+async def test_sessions_of_a_certain_age_are_sent_away_with_a_checkpoint() -> None:
+    async with running(max_connection_age=0.2, max_connection_grace=3600.0) as server:
+        call = await server.opened()
+        going = (await call.read()).going_away
+        assert (going.deadline_ms, going.reason) == (3600_000, "connection age")
+        # The server is well: whoever leaves may come back at once.
+        again = server.stream()
+        await again.write(Request(resume=common_pb2.Resume(checkpoint=going.checkpoint.data)))
+        assert (await again.read()).opened.session.resumed
+        call.cancel()
+        await until(lambda: server.metric("realtide_sessions_closed_total", outcome="resumed_elsewhere") == 1)
+        again.cancel()
+        await server.all_free()
+    async with running(max_connection_age=0.1, max_connection_grace=0.1) as server:
+        call = await server.opened()
+        found: list[Any] = []
+        assert (await failure(call, found)).code() == GONE
+        assert [one.WhichOneof("message") for one in found] == ["going_away", "checkpoint"]
+        await server.all_free()
+        assert server.metric("realtide_sessions_closed_total", outcome="drained") == 1
+
+
+async def test_a_drain_gives_no_more_time_than_an_age_gave_and_may_give_less() -> None:
+    async with running(max_connection_age=0.2, max_connection_grace=3600.0, drain_seconds=0.3) as server:
+        call = await server.opened()
+        assert (await call.read()).going_away.deadline_ms == 3600_000
+        server.server.drain()
+        assert (await call.read()).going_away.deadline_ms == 300
+        assert (await failure(call)).code() == GONE
+    async with running(max_connection_age=0.2, max_connection_grace=0.3, drain_seconds=3600.0) as server:
+        call = await server.opened()
+        assert (await call.read()).going_away.deadline_ms == 300
+        server.server.drain()
+        found: list[Any] = []
+        assert (await failure(call, found)).code() == GONE
+        assert [one.WhichOneof("message") for one in found] == ["checkpoint"]
+        await server.all_free()
