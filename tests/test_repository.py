@@ -118,7 +118,7 @@ def test_server_and_client_have_one_version() -> None:
 def test_the_extras_are_there_and_serving_depends_on_no_framework() -> None:
     table = project(ROOT)
     assert set(table["optional-dependencies"]) == {
-        "cpu", "gpu", "export", "train", "dev", "mic", "torchaudio", "trt", "trt-rtx", "synthesis"
+        "cpu", "gpu", "export", "train", "dev", "ops", "mic", "torchaudio", "trt", "trt-rtx", "synthesis"
     }  # fmt: skip
     served = [*table["dependencies"], *table["optional-dependencies"]["cpu"]]
     assert not [line for line in served if re.match(r"torch|tensorrt|onnxscript|scipy", line)]

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from realtide.cli import convert
+from realtide.cli import convert, fetch
 from realtide.cli.errors import CommandError
 
-app = typer.Typer(help="Model bundles: list, verify and make them.", no_args_is_help=True)
+app = typer.Typer(help="Model bundles: list, verify, fetch and make them.", no_args_is_help=True)
 app.add_typer(convert.app, name="convert")
+app.command("fetch")(fetch.command)
 Kind = Literal["speech", "video"]
 KINDS: tuple[Kind, ...] = ("speech", "video")
 VIDEO_ENGINES = ("longlive",)

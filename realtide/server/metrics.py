@@ -16,6 +16,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from realtide.server.device_memory import DeviceMemory
+
 _MODEL = ("engine", "model")
 _STEP = (
     0.0005,
@@ -109,6 +111,7 @@ class _AtScrape(Collector):
 
     def __init__(self) -> None:
         self.sources: dict[tuple[str, str], Callable[[], Occupancy]] = {}
+        self._device = DeviceMemory()
 
     def collect(self) -> Iterable[Metric]:
         """One consistent reading of every model."""
@@ -134,6 +137,8 @@ class _AtScrape(Collector):
             "realtide_device_memory_bytes", "Memory in use, by kind.", labels=("kind",)
         )
         memory.add_metric(("host_resident",), resident_bytes())
+        for kind, value in self._device.read().items():
+            memory.add_metric((kind,), value)
         yield from (sessions, capacity, leaked, cache, rates, memory)
 
 
