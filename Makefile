@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 # Changes of the contract are compared with this commit; none (a first push, a shallow clone): not compared.
 BASE ?= $(shell git rev-parse -q --verify origin/main 2>/dev/null || git describe --tags --abbrev=0 2>/dev/null)
 
-.PHONY: help demo serve test lint format typecheck bench stubs clean
+.PHONY: help demo serve test ops-test lint format typecheck bench stubs deploy clean
 
 help: ## Show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 demo: $(VENV)/.serving ## Serve the bundled models: transcribe a recording live, generate a clip (no PyTorch)
 	@$(BIN)/realtide demo
@@ -23,6 +23,10 @@ serve: $(VENV)/.serving ## Serve the bundled models
 
 test: lint ## Lint, then run every test
 	$(BIN)/python -m pytest -q $(ARGS)
+
+ops-test: $(VENV)/.ops ## Charts, rules, dashboards and drain, with real Prometheus, balancers and containers (installs them)
+	$(BIN)/python tools/ops_tools.py
+	$(BIN)/python -m pytest -q -m ops --durations 10 $(or $(ARGS),tests/ops)
 
 lint: $(VENV)/.dev ## Style, types, the proto contract, and stubs that are up to date
 	$(BIN)/ruff check -q .
@@ -35,6 +39,7 @@ lint: $(VENV)/.dev ## Style, types, the proto contract, and stubs that are up to
 	  $(BIN)/buf breaking --against ".git#ref=$(BASE)"; \
 	fi
 	$(BIN)/python tools/generate_stubs.py --check
+	$(BIN)/python tools/generate_deploy.py --check
 
 format: $(VENV)/.dev ## Put code and proto into the house style
 	$(BIN)/ruff check -q --fix .
@@ -49,6 +54,9 @@ bench: $(VENV)/.dev ## Benchmarks that need no prepared data; docs/benchmarks.md
 
 stubs: $(VENV)/.dev ## Generate the Python stubs from proto/
 	$(BIN)/python tools/generate_stubs.py
+
+deploy: $(VENV)/.dev ## Generate dashboards and the chart's schema and copies below deploy/
+	$(BIN)/python tools/generate_deploy.py
 
 clean: ## Remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -66,3 +74,7 @@ $(VENV)/.serving: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(PIP) -e '.[cpu,export,train,dev]'
 	@touch $@ $(VENV)/.serving
+
+$(VENV)/.ops: pyproject.toml | $(VENV)/.dev
+	$(PIP) -e '.[ops]'
+	@touch $@

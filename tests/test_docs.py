@@ -40,7 +40,7 @@ PAGES = sorted(
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.M | re.S)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-TREE = re.compile(r"(?:realtide|docs|tests|models|clients|proto|benchmarks|tools)/[\w./-]+")
+TREE = re.compile(r"(?:realtide|docs|tests|models|clients|proto|benchmarks|tools|deploy)/[\w./-]+")
 WRITTEN = ("benchmarks/results", "docs/sweep")  # by commands on the same pages
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -132,7 +132,7 @@ def check(words: list[str], page: Path, *, complete: bool) -> None:
         case ["realtide", *rest]:
             check_realtide(rest, complete=complete)
         case ["make", *rest]:
-            targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
             assert all(word in targets for word in rest if "=" not in word), words
         case ["python", script, *rest] if script.endswith(".py"):
             found = [base / script for base in (ROOT, page.parent, RECIPE) if (base / script).is_file()]
