@@ -103,18 +103,21 @@ class EncoderBench:
             }
             feeds = {name: value for name, value in feeds.items() if name in self._inputs}
             begun = time.perf_counter()
-            out = self._program.run(feeds)
-            answers = [out]
-            while bool(out["more"].any()):
-                # A burst that did not fit: the same streams again, without new frames, as the engine does it.
-                none = {name: feeds[name][:0] for name in ("windows", "stream", "position")}
-                out = self._program.run(feeds | none)
-                answers.append(out)
+            answers, owners = [self._program.run(feeds)], [slots]
+            while bool(answers[-1]["more"].any()):
+                # A burst that did not fit: its streams again, without new frames, as the engine does it.
+                chosen = answers[-1]["more"] != 0
+                owners.append(owners[-1][chosen])
+                feeds = {
+                    name: value[:0] if name in ("windows", "stream", "position") else value[chosen]
+                    for name, value in feeds.items()
+                }
+                answers.append(self._program.run(feeds))
             seconds.append(time.perf_counter() - begun)
-            for answer in answers:
+            for answer, owner in zip(answers, owners, strict=True):
                 waited += int((answer["available"] - answer["position_out"]).sum())
                 count += len(answer["position_out"])
-                rows.append(answer["encoded"][answer["stream_out"] == 0])
+                rows.append(answer["encoded"][owner[answer["stream_out"]] == 0])
         return Times(np.asarray(seconds), streams * length, waited / max(count, 1), np.concatenate(rows))
 
 

@@ -163,7 +163,7 @@ class StreamStep(nn.Module):
         new = torch.arange(lanes, device=slots.device) < (arrived - done).unsqueeze(1)
         lane = new.amax(0).nonzero().squeeze(1)
         place = nodes.stream * new.to(torch.int64).sum(1).amax(0) + offset
-        padded = run.padded(new.to(torch.int64).flatten()).index_select(2, lane)
+        padded = run.padded(new.to(torch.int64).unsqueeze(0)).index_select(2, lane)
         seen = where.reach <= lane.unsqueeze(1)
         for layer, module in enumerate(self.encoder.blocks):
             block: Block = module  # type: ignore[assignment]
@@ -245,17 +245,22 @@ class StreamStep(nn.Module):
             leaves = ready < FOUND  # [1, B, Q]
             count = leaves.to(torch.int64)
             resolving = count.sum(2, keepdim=True)
-            every = count.flatten()
-            flat = every.nonzero().squeeze(1)
+            flat = count.flatten().nonzero().squeeze(1)
             here = flat + first[layer]
             short = where.short.index_select(0, here)
-            lane = leaves.amax((0, 1)).nonzero().squeeze(1)  # 0 .. most nodes of a stream - 1
-            place = (lane_stream * resolving.amax((0, 1)) + lane_offset).index_select(0, flat)
-            padded = run.padded(every).index_select(2, lane)
-            seen = reach[layer] < end.index_select(2, lane).unsqueeze(2).unsqueeze(4)
+            # Attention is for streams that resolve something, in as many lanes as the busiest of them needs.
+            live = resolving.flatten().nonzero().squeeze(1)
+            lane = count.amax((0, 1)).nonzero().squeeze(1)  # 0 .. most nodes of a stream - 1
+            used = count.index_select(1, live).index_select(2, lane)
+            place = used.flatten().nonzero().squeeze(1)
+            padded = run.padded(used)
+            until = end.index_select(1, live).index_select(2, lane).unsqueeze(2).unsqueeze(4)
+            seen = reach[layer].index_select(1, live) < until
             waited = states[f"residual_{layer}"].index_select(0, short)
             q = block.queries(waited)
-            mixed = run.attend(block, layer, states, q, padded, place, lane, keys[layer], seen)
+            mixed = run.attend(
+                block, layer, states, q, padded, place, lane, keys[layer].index_select(1, live), seen
+            )
             x = waited + block.attention_out(mixed)
             x = run.convolve(block, layer, states, x, short, where.taps.index_select(0, here))
             stream = lane_stream.index_select(0, flat)
@@ -401,9 +406,9 @@ class LayerStep:
         end = torch.minimum(usable.to(torch.int64).sum(3), target + 1)
         return running[:, :, :lanes], end, running[:, :, lanes:]
 
-    def padded(self, count: Tensor) -> Tensor:
-        """Packed row [1, B, Q] of each lane, or of some other one where count [B * Q] is 0, not 1."""
-        return (count.cumsum(0) - 1).view(1, -1, self.lanes)
+    def padded(self, used: Tensor) -> Tensor:
+        """Packed row [1, B, L] of each lane, or of some other one where used [1, B, L] is 0, not 1."""
+        return (used.flatten().cumsum(0) - 1).view_as(used)
 
     def attend(
         self,
@@ -419,9 +424,9 @@ class LayerStep:
     ) -> Tensor:
         """Attention of packed queries [M, heads, head dim] -> [M, dim].
 
-        lane [L] counts up to the most nodes of a stream, which is known only at run time; padded [1, B, L],
-        the query of each lane; place [M], stream * L + lane; keys [1, B, heads, K], rows of the rings; seen
-        [1, B, 1, L, K].
+        S streams have queries. lane [L] counts up to the most nodes of one, which is known only at run time;
+        padded [1, S, L], the query of each lane; place [M], stream * L + lane; keys [1, S, heads, K], rows of
+        the rings; seen [1, S, 1, L, K].
         """
         heads, left, right, dim = self.config.heads, self.config.left, self.config.right, self.config.dim
         device = lane.device
