@@ -11,13 +11,15 @@ counted from the moment when the chunk was *due*, not from when this process got
 holds the generator's own lateness, both ways through gRPC and all queues. A probe that is not answered by the
 end counts with the time it has waited so far.
 
-Messages are serialized beforehand, answers are told apart by their first byte, and only results are parsed.
+Messages are serialized and framed beforehand, answers are told apart by their first byte, only results are
+parsed, and the transport is as lean as it gets (wire.py): the generator runs on the processors of the server
+that it measures, and real clients do not.
 """
 
 from __future__ import annotations
 
-import asyncio
 import gc
+import selectors
 import time
 from collections import deque
 from collections.abc import Callable
@@ -25,9 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from realtide.bench import audio, plan, stats
+from realtide.bench.wire import Call, Connection, framed
 from realtide_client.v1 import common_pb2
 from realtide_client.v1 import speech_pb2 as pb
 
@@ -36,7 +37,6 @@ PROBES = 8  # of one stream on their way; servers take at least 16
 STREAMS_PER_CONNECTION = 8
 _DRAIN = 10.0  # seconds for the last results
 _OPEN = 30.0
-_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # missing in the stubs
 # First byte of a response: field number and wire type 2.
 _TAGS = {number: bytes([number << 3 | 2])[0] for number in (1, 3, 10, 11)}
 _OPENED, _APPLIED, _PARTIAL, _FINAL = (_TAGS[number] for number in (1, 3, 10, 11))
@@ -48,7 +48,7 @@ class LoadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Messages:
-    """What streams send, serialized."""
+    """What streams send, serialized and framed."""
 
     open: bytes
     chunks: list[bytes]
@@ -66,19 +66,22 @@ def messages(load: plan.Plan) -> Messages:
         options=options,
     )
 
+    def request(**fields: Any) -> bytes:
+        return framed(pb.SpeechStreamRequest(**fields).SerializeToString())
+
     def probe(number: int) -> bytes:
         same = pb.SetInterimResults(enabled=True)
         control = pb.SpeechControl(control_id=str(number), set_interim_results=same)
-        return pb.SpeechStreamRequest(control=control).SerializeToString()
+        return request(control=control)
 
     return Messages(
-        pb.SpeechStreamRequest(open=opening).SerializeToString(),
+        request(open=opening),
         [
-            pb.SpeechStreamRequest(audio=pb.AudioChunk(data=audio.linear16(piece))).SerializeToString()
+            request(audio=pb.AudioChunk(data=audio.linear16(piece)))
             for piece in audio.chunks(sound, load.size)
         ],
         [probe(number) for number in range(PROBES)],
-        pb.SpeechStreamRequest(finish=common_pb2.Finish()).SerializeToString(),
+        request(finish=common_pb2.Finish()),
     )
 
 
@@ -106,9 +109,10 @@ class Live:
     """One stream."""
 
     def __init__(
-        self, call: Any, load: plan.Plan, member: plan.Stream, sends: Messages, seen: Window
+        self, connection: Connection, load: plan.Plan, member: plan.Stream, sends: Messages, seen: Window
     ) -> None:
-        self._call = call
+        self.call: Call = connection.call(METHOD)
+        self.connection = connection
         self._load = load
         self._member = member
         self._sends = sends
@@ -116,63 +120,52 @@ class Live:
         self._start = 0.0
         self._probes: deque[float] = deque()  # when the chunks before them were due
         self._number = 0
-        self.failure: str | None = None
-        self.frame_seconds = 0.0
+        connection.send(self.call, sends.open)
 
-    async def open(self) -> None:
-        """Open the session. Raises LoadError."""
-        try:
-            async with asyncio.timeout(_OPEN):
-                await self._call.write(self._sends.open)
-                answer = await self._call.read()
-        except TimeoutError:
-            raise LoadError(f"a session did not open within {_OPEN:g} s") from None
-        except grpc.aio.AioRpcError as error:
-            raise LoadError(f"a session was refused: {error.code().name}: {error.details()}") from None
-        if answer is _EOF or not answer or answer[0] != _OPENED:
-            detail = await self._call.details() if answer is _EOF else "no `opened`"
-            raise LoadError(f"a session was refused: {detail}")
-        self.frame_seconds = pb.SpeechStreamResponse.FromString(answer).opened.frame_seconds
+    def opened(self) -> float | None:
+        """Seconds of an encoder frame once the session is open. Raises LoadError."""
+        if self.call.answers:
+            answer = self.call.answers.popleft()
+            if answer[0] != _OPENED:
+                raise LoadError("a session was refused: no `opened`")
+            return pb.SpeechStreamResponse.FromString(answer).opened.frame_seconds
+        if self.call.ended:
+            raise LoadError(f"a session was refused: {self.call.failure}")
+        return None
 
-    async def send(self, start: float) -> None:
-        """Send every chunk when it is due, and probes."""
+    def begin(self, start: float) -> None:
+        """The common start of all streams."""
         self._start = start
-        load, member, seen, sends = self._load, self._member, self._seen, self._sends
-        write, monotonic = self._call.write, time.monotonic
-        try:
-            for k in range(load.count):
-                due = start + member.due(load, k)
-                if (wait := due - monotonic()) > 0:
-                    await asyncio.sleep(wait)
-                if seen.holds(due):
-                    seen.late.append(monotonic() - due)
-                await write(sends.chunks[(member.first + k) % len(sends.chunks)])
-                if k % load.probe_every == member.probe:
-                    if len(self._probes) < PROBES:
-                        self._probes.append(due)
-                        await write(sends.probes[self._number])
-                        self._number = (self._number + 1) % PROBES
-                    elif seen.holds(due):
-                        seen.skipped += 1
-            await write(sends.finish)
-            await self._call.done_writing()
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            self.failure = self.failure or str(error)
 
-    async def receive(self) -> None:
-        """Take answers until the stream ends."""
-        read, seen = self._call.read, self._seen
-        try:
-            while (answer := await read()) is not _EOF:
-                tag, now = answer[0], time.monotonic()
-                if tag == _APPLIED:
-                    due = self._probes.popleft()
-                    if seen.holds(due):
-                        seen.delays.append(now - due)
-                elif tag in (_PARTIAL, _FINAL) and seen.holds(now):
-                    self._result(answer, tag, now)
-        except grpc.aio.AioRpcError as error:
-            self.failure = f"{error.code().name}: {error.details()}"
+    def send(self, k: int, due: float) -> None:
+        """Send chunk `k`, which is due now, and a probe where its turn has come."""
+        load, member, seen, sends = self._load, self._member, self._seen, self._sends
+        send, call = self.connection.send, self.call
+        if seen.holds(due):
+            seen.late.append(time.monotonic() - due)
+        send(call, sends.chunks[(member.first + k) % len(sends.chunks)])
+        if k % load.probe_every == member.probe:
+            if len(self._probes) < PROBES:
+                self._probes.append(due)
+                send(call, sends.probes[self._number])
+                self._number = (self._number + 1) % PROBES
+            elif seen.holds(due):
+                seen.skipped += 1
+        if k == load.count - 1:
+            send(call, sends.finish, end=True)
+
+    def receive(self) -> None:
+        """Take the answers that have come."""
+        answers, seen, now = self.call.answers, self._seen, time.monotonic()
+        while answers:
+            answer = answers.popleft()
+            tag = answer[0]
+            if tag == _APPLIED:
+                due = self._probes.popleft()
+                if seen.holds(due):
+                    seen.delays.append(now - due)
+            elif tag in (_PARTIAL, _FINAL) and seen.holds(now):
+                self._result(answer, tag, now)
 
     def _result(self, answer: bytes, tag: int, now: float) -> None:
         seen, message = self._seen, pb.SpeechStreamResponse.FromString(answer)
@@ -192,56 +185,104 @@ class Live:
             if self._seen.holds(due):
                 self._seen.unanswered += 1
                 self._seen.delays.append(now - due)
-        self._call.cancel()
+        self.connection.cancel(self.call)
 
 
-async def run(load: plan.Plan, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+class Loop:
+    """All streams of a load, on as many connections as they need."""
+
+    def __init__(self, load: plan.Plan, sends: Messages, members: list[plan.Stream], seen: Window) -> None:
+        self._selector = selectors.DefaultSelector()
+        # Connections of their own, as different clients would have them.
+        self._connections: list[Connection] = []
+        self._writing: set[Connection] = set()
+        self.live: dict[int, Live] = {}
+        self._of: dict[Call, Live] = {}
+        try:
+            for first in range(0, len(members), STREAMS_PER_CONNECTION):
+                connection = Connection(load.address)
+                self._connections.append(connection)
+                self._selector.register(connection, selectors.EVENT_READ, connection)
+                for member in members[first : first + STREAMS_PER_CONNECTION]:
+                    stream = Live(connection, load, member, sends, seen)
+                    self.live[member.index] = self._of[stream.call] = stream
+                connection.flush()
+        except OSError as error:
+            self.close()
+            raise LoadError(f"no server at {load.address}: {error}") from None
+
+    def open(self) -> float:
+        """Wait until all sessions are open. Returns the seconds of an encoder frame. Raises LoadError."""
+        until, waiting, frame = time.monotonic() + _OPEN, list(self.live.values()), 0.0
+        while waiting:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise LoadError(f"a session did not open within {_OPEN:g} s")
+            self._turn(left, ())
+            for stream in list(waiting):
+                seconds = stream.opened()
+                if seconds is not None:
+                    frame = max(frame, seconds)
+                    waiting.remove(stream)
+        return frame
+
+    def turn(self, until: float) -> None:
+        """Wait for answers, at most until the monotonic time `until`, and take them."""
+        for call in self._turn(max(until - time.monotonic(), 0.0), self._connections):
+            self._of[call].receive()
+
+    def _turn(self, seconds: float, flushed: list[Connection] | tuple[()]) -> list[Call]:
+        for connection in flushed:
+            connection.flush()
+        for connection in self._connections:
+            if connection.blocked != (connection in self._writing):
+                self._writing ^= {connection}
+                wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.blocked else 0)
+                self._selector.modify(connection, wanted, connection)
+        touched: list[Call] = []
+        for key, events in self._selector.select(seconds):
+            if events & selectors.EVENT_WRITE:
+                key.data.flush()
+            if events & selectors.EVENT_READ:
+                touched += key.data.receive()
+        return touched
+
+    @property
+    def unfinished(self) -> int:
+        """Streams that have not ended."""
+        return sum(not stream.call.ended for stream in self.live.values())
+
+    def close(self) -> None:
+        """End everything."""
+        for connection in self._connections:
+            connection.close()
+        self._selector.close()
+
+
+def run(load: plan.Plan, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Make the load; `tell` hears of the window's begin and end. Raises LoadError, CommandError."""
     sends = messages(load)
     members = plan.streams(load, len(sends.chunks))
     seen = Window()
-    channels: list[Any] = [  # the stubs want serializers, and an argument to close()
-        # Connections of their own, as different clients would have them.
-        grpc.aio.insecure_channel(load.address, options=[("grpc.use_local_subchannel_pool", 1)])
-        for _ in range(-(-load.streams // STREAMS_PER_CONNECTION))
-    ]
-    live = [
-        Live(
-            channels[member.index // STREAMS_PER_CONNECTION].stream_stream(METHOD)(),
-            load, member, sends, seen,
-        )
-        for member in members
-    ]  # fmt: skip
+    loop = Loop(load, sends, members, seen)
     try:
-        await asyncio.gather(*(stream.open() for stream in live))
-        if live[0].frame_seconds > load.chunk + 1e-9:
-            least = live[0].frame_seconds * 1000
-            raise LoadError(f"chunks must be at least an encoder frame ({least:g} ms) long")
+        frame = loop.open()
+        if frame > load.chunk + 1e-9:
+            raise LoadError(f"chunks must be at least an encoder frame ({frame * 1000:g} ms) long")
         gc.collect()
         gc.freeze()
         gc.disable()
-        start = time.monotonic() + 0.1
-        seen.begin, seen.end = start + load.warmup, start + load.warmup + load.seconds
-        receivers = [asyncio.create_task(stream.receive()) for stream in live]
-        senders = [asyncio.create_task(stream.send(start)) for stream in live]
-        await asyncio.sleep(seen.begin - time.monotonic())
-        tell({"event": "begin"})
-        used = time.process_time()
-        await asyncio.sleep(seen.end - time.monotonic())
-        used = time.process_time() - used
-        tell({"event": "end"})
-        # A stream that the server holds back cannot finish sending: what it waits for counts as it is.
-        await asyncio.wait(senders, timeout=_DRAIN)
-        _, unfinished = await asyncio.wait(receivers, timeout=_DRAIN)
-        for stream in live:
+        used = _play(load, members, loop, seen, tell)
+        until = time.monotonic() + _DRAIN
+        while loop.unfinished and time.monotonic() < until:
+            loop.turn(until)
+        unfinished = loop.unfinished
+        failures = [stream.call.failure for stream in loop.live.values() if stream.call.failure]
+        for stream in loop.live.values():
             stream.close()
-        for task in (*senders, *receivers):
-            task.cancel()
-        await asyncio.gather(*senders, *receivers, return_exceptions=True)
     finally:
-        for channel in channels:
-            await channel.close()
-    failures = [stream.failure for stream in live if stream.failure]
+        gc.enable()
+        loop.close()
     return {
         "streams": load.streams,
         "processing_delay": stats.summary(seen.delays),
@@ -258,17 +299,47 @@ async def run(load: plan.Plan, tell: Callable[[dict[str, Any]], None]) -> dict[s
             "cpu_seconds": round(used, 3),
             "chunks": len(seen.late),
         },
-        "unfinished_streams": len(unfinished),
+        "unfinished_streams": unfinished,
         "failed_streams": len(failures),
         "failures": sorted(set(failures))[:3],
     }  # fmt: skip
+
+
+def _play(
+    load: plan.Plan,
+    members: list[plan.Stream],
+    loop: Loop,
+    seen: Window,
+    tell: Callable[[dict[str, Any]], None],
+) -> float:
+    """Send every chunk when it is due. Returns the processor seconds used in the window."""
+    start = time.monotonic() + 0.1
+    seen.begin, seen.end = start + load.warmup, start + load.warmup + load.seconds
+    for stream in loop.live.values():
+        stream.begin(start)
+    moments = deque([(seen.begin, "begin"), (seen.end, "end")])
+    cpu: list[float] = []
+    schedule = plan.schedule(load, members)
+    coming = next(schedule, None)
+    while coming is not None or moments:
+        now = time.monotonic()
+        while moments and now >= moments[0][0]:
+            cpu.append(time.process_time())
+            tell({"event": moments.popleft()[1]})
+        while coming is not None and start + coming[0] <= now:
+            due, member, k = coming
+            loop.live[member.index].send(k, start + due)
+            coming = next(schedule, None)
+        wakes = [start + coming[0]] if coming is not None else []
+        loop.turn(min([*wakes, *(moment for moment, _ in moments)], default=now))
+    return cpu[1] - cpu[0]
 
 
 def main() -> None:
     """Read a plan from standard input, make the load, write lines of JSON."""
     from realtide.bench.child import serve
 
-    serve(lambda text, tell: asyncio.run(run(plan.Plan.from_json(text), tell)))
+    serve(lambda text, tell: run(plan.Plan.from_json(text), tell))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,9 @@ async def test_more_streams_than_slots_are_refused_in_a_sentence(tiny: Tiny) -> 
 async def test_chunks_shorter_than_a_frame_are_refused(tiny: Tiny) -> None:
     async with own_server([tiny.path], ("slots=4",)) as server:
         with pytest.raises(client_load.LoadError, match="40 ms"):
-            await client_load.run(load(address=server.address, chunk_ms=20), lambda event: None)
+            await asyncio.to_thread(
+                client_load.run, load(address=server.address, chunk_ms=20), lambda event: None
+            )
 
 
 async def test_a_child_that_fails_says_why() -> None:
@@ -92,18 +94,21 @@ async def test_a_child_that_fails_says_why() -> None:
 def test_messages_are_what_the_contract_says() -> None:
     given = load(lookahead_bias=1.5, max_lookahead_ms=80, model="m")
     sends = client_load.messages(given)
-    opening = pb.SpeechStreamRequest.FromString(sends.open).open
+
+    def request(message: bytes) -> pb.SpeechStreamRequest:
+        assert message[:5] == b"\0" + (len(message) - 5).to_bytes(4, "big")
+        return pb.SpeechStreamRequest.FromString(message[5:])
+
+    opening = request(sends.open).open
     assert (opening.session.model, opening.audio.sample_rate_hz) == ("m", 16000)
     assert (opening.options.lookahead_bias, opening.options.max_lookahead_ms) == (1.5, 80)
-    assert not pb.SpeechStreamRequest.FromString(client_load.messages(load()).open).open.options.HasField(
-        "lookahead_bias"
-    )
-    sizes = {len(pb.SpeechStreamRequest.FromString(chunk).audio.data) for chunk in sends.chunks}
+    assert not request(client_load.messages(load()).open).open.options.HasField("lookahead_bias")
+    sizes = {len(request(chunk).audio.data) for chunk in sends.chunks}
     assert sizes == {2 * given.size}
-    probes = [pb.SpeechStreamRequest.FromString(probe).control for probe in sends.probes]
+    probes = [request(probe).control for probe in sends.probes]
     assert len({probe.control_id for probe in probes}) == client_load.PROBES
     assert all(probe.set_interim_results.enabled for probe in probes)
-    assert pb.SpeechStreamRequest.FromString(sends.finish).HasField("finish")
+    assert request(sends.finish).HasField("finish")
     assert len(sends.chunks) == len(
         audio.chunks(audio.loop([Path(p) for p in given.audio], 16000), given.size)
     )
