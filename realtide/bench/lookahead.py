@@ -36,6 +36,10 @@ def command(
     tokenizer: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="SentencePiece model, for checkpoints.")
     ] = None,
+    repeat_gain: Annotated[
+        float,
+        typer.Option(min=0.0, help="Nats for a token that follows itself, for checkpoints."),
+    ] = 0.0,
     reference: Annotated[
         str | None, typer.Option(help="Family to compare with the others. Default: the first adaptive one.")
     ] = None,
@@ -73,7 +77,7 @@ def command(
     if reference is not None and reference not in families:
         raise UsageError(f"--reference {reference!r} must be one of {', '.join(sorted(families))}")
     node = _node(chosen, node_bundle) if node_cost is None else node_cost * 1e-6
-    result = sweep(chosen, pool, out, cmvn, tokenizer, node, reference, threads)
+    result = sweep(chosen, pool, out, cmvn, tokenizer, node, reference, threads, repeat_gain)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -93,6 +97,7 @@ def sweep(
     node: float,
     reference: str | None = None,
     threads: int = 1,
+    repeat_gain: float = 0.0,
 ) -> dict[str, Any]:
     """Evaluate all points, a node taking `node` seconds, and write lookahead.json, .md and .png into `out`.
 
@@ -109,7 +114,7 @@ def sweep(
 
     torch.set_num_threads(threads)
     pools = [load_pool(folder) for folder in folders]
-    models = [(one, recognize.load_model(one.path, cmvn, tokenizer)) for one in points]
+    models = [(one, recognize.load_model(one.path, cmvn, tokenizer, repeat_gain)) for one in points]
     front = FrontendConfig()
     clock = Clock(
         frame=front.subsampling * front.shift_ms / 1000,

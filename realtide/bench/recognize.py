@@ -35,18 +35,20 @@ NEVER = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model ready to recognize, with the normalisation of its features."""
+    """A model ready to recognize, with the normalisation of its features and how it is searched."""
 
     network: Transducer
     tokenizer: Tokenizer
     mean: Float32
     std: Float32
+    search: DecoderConfig
 
 
-def load_model(path: Path, cmvn: Path | None, tokenizer: Path | None) -> Model:
+def load_model(path: Path, cmvn: Path | None, tokenizer: Path | None, repeat_gain: float = 0.0) -> Model:
     """Load a bundle, or a checkpoint of the recipe, which needs `cmvn` [2, mel] and `tokenizer`.
 
-    Raises CommandError.
+    A bundle says itself what a token that follows itself gains; `repeat_gain` is for a checkpoint. Raises
+    CommandError.
     """
     try:
         if path.is_dir():
@@ -54,15 +56,17 @@ def load_model(path: Path, cmvn: Path | None, tokenizer: Path | None) -> Model:
             weights = WeightFile(bundle.weights)
             config = EncoderConfig.from_dict(bundle.manifest.architecture["encoder"])
             mean, std = (np.asarray(weights[f"features.{name}"], np.float32) for name in ("mean", "std"))
-            return Model(build(config, weights), Tokenizer(bundle.asset("tokenizer")), mean, std)
+            search = DecoderConfig(**bundle.manifest.architecture.get("search", {}))
+            return Model(build(config, weights), Tokenizer(bundle.asset("tokenizer")), mean, std, search)
         if cmvn is None or tokenizer is None:
             raise CommandError(f"{path} is a checkpoint: give --cmvn and --tokenizer")
         saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         config = EncoderConfig.from_dict(saved["config"])
         network = build(config, {name: value.numpy() for name, value in saved["weights"].items()})
         both = np.load(cmvn)
-        return Model(network.eval(), Tokenizer(tokenizer), both[0], both[1])
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        search = DecoderConfig(repeat_gain=repeat_gain)
+        return Model(network.eval(), Tokenizer(tokenizer), both[0], both[1], search)
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CommandError(f"{path} cannot be loaded: {error}") from None
 
 
@@ -93,13 +97,17 @@ class _Hypothesis:
 
     bonus: Gains | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, repeat_frames: int) -> None:
+        self._repeat_frames = repeat_frames
         self.context: Context = START
         self.tokens: list[int] = []
         self.rows: list[int] = []
 
     def horizon(self) -> int:
         return NEVER
+
+    def repeatable(self) -> int:
+        return self.rows[-1] + self._repeat_frames if self.rows else 0
 
     def emit(self, row: int, token: int, log_prob: float) -> None:
         self.context = (self.context[1], token)
@@ -140,8 +148,10 @@ def _searched(
     depths = latency.clip_depths(np.broadcast_to(depths, (size, *depths.shape[1:])), batch.frames)
     available = latency.availability(depths, batch.frames)[:, -1]
     valid = np.arange(steps) < batch.frames[:, None]
-    hypotheses = [_Hypothesis() for _ in range(size)]
-    greedy(joiner, rows.numpy()[valid], hypotheses, batch.frames.tolist(), DecoderConfig().max_symbols)
+    search = model.search
+    hypotheses = [_Hypothesis(search.repeat_frames) for _ in range(size)]
+    counts = batch.frames.tolist()
+    greedy(joiner, rows.numpy()[valid], hypotheses, counts, search.max_symbols, search.repeat_gain)
     for at, (index, hypothesis) in enumerate(zip(batch.picked, hypotheses, strict=True)):
         length = int(batch.frames[at])
         words = tuple(

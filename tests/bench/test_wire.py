@@ -35,16 +35,17 @@ def service() -> Iterator[Service]:
             go_on.wait(20)
             yield request
 
-    def refuse(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "all slots are taken: 100 %")
-        yield b""
+    def refuse(requests: Iterator[bytes], context: grpc.ServicerContext) -> list[bytes]:
+        context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        context.set_details("all slots are taken: 100 %")
+        return []
 
     handlers = {
         name: grpc.stream_stream_rpc_method_handler(call)
         for name, call in (("Echo", echo), ("Refuse", refuse))
     }
     server = grpc.server(ThreadPoolExecutor(8))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", handlers),))  # type: ignore[no-untyped-call]
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Test", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield Service(f"127.0.0.1:{port}", go_on)

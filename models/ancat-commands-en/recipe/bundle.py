@@ -92,7 +92,7 @@ def main() -> None:
     parse.add_argument("--tokenizer", type=Path, required=True)
     parse.add_argument("--out", type=Path, required=True)
     parse.add_argument("--name", default="ancat-commands-en")
-    parse.add_argument("--version", default="1.2.0", help="semantic version of the bundle")
+    parse.add_argument("--version", default="1.3.0", help="semantic version of the bundle")
     parse.add_argument("--created", default="2026-11-25", help="YYYY-MM-DD")
     parse.add_argument("--scores", type=Path, help="what evaluate.py wrote")
     parse.add_argument("--calibration", type=Path, nargs="*", default=[], help="development pools for int8")
@@ -103,6 +103,18 @@ def main() -> None:
         type=float,
         default=0.0,
         help="added to the joiner's logit of blank, from development sets",
+    )
+    parse.add_argument(
+        "--repeat-gain",
+        type=float,
+        default=0.0,
+        help="nats for a token that follows itself, from development sets",
+    )
+    parse.add_argument(
+        "--repeat-frames",
+        type=int,
+        default=6,
+        help="encoder frames after which it may (default: %(default)s)",
     )
     parse.add_argument("--manifest-only", action="store_true", help="keep OUT's weights and graphs")
     args = parse.parse_args()
@@ -148,6 +160,7 @@ def main() -> None:
             "unverified": ["README.md", "recipe"],
         },
         word_times=word_times,
+        search={"repeat_gain": args.repeat_gain, "repeat_frames": args.repeat_frames},
         calibration=calibration,
     )
 

@@ -2,7 +2,8 @@
 
 Source: icefall's `modified_beam_search` (at most one token per frame and hypothesis, equal hypotheses
 log-added), with two exactness changes of ours: equal hypotheses are merged before the beam is cut, not after,
-and phrase boosts are kept apart from the model's log-probability.
+and phrase boosts are kept apart from the model's log-probability. A repeat gain (search.py) depends on when
+a token came and not on the tokens alone, so it is part of the model's log-probability.
 
 Frames are searched one after the other, so nothing depends on how they were cut into calls; streams of a
 batch share the joiner call of a frame and nothing else.
@@ -76,6 +77,10 @@ class BeamStream(Protocol):
         """The token emitted at `row`, with its stream's frame numbers."""
         ...
 
+    def repeatable(self, hypothesis: Hypothesis) -> int:
+        """As `search.GreedyStream.repeatable`, for one hypothesis."""
+        ...
+
     def searched(self, row: int, hypotheses: list[Hypothesis]) -> None:
         """`row` is searched and these are the hypotheses now, best first.
 
@@ -84,8 +89,17 @@ class BeamStream(Protocol):
         ...
 
 
-def beam_search(joiner: Joiner, enc: Float32, streams: Sequence[BeamStream], counts: Sequence[int]) -> None:
-    """Search rows `enc` [M, J]; `counts[s]` contiguous rows belong to stream s. One joiner call per frame."""
+def beam_search(
+    joiner: Joiner,
+    enc: Float32,
+    streams: Sequence[BeamStream],
+    counts: Sequence[int],
+    repeat_gain: float = 0.0,
+) -> None:
+    """Search rows `enc` [M, J]; `counts[s]` contiguous rows belong to stream s. One joiner call per frame.
+
+    `repeat_gain` in nats is for a token that follows itself.
+    """
     firsts = np.cumsum([0, *counts]).tolist()
     for row in range(max(counts, default=0)):
         live = [s for s, count in enumerate(counts) if row < count]
@@ -96,6 +110,11 @@ def beam_search(joiner: Joiner, enc: Float32, streams: Sequence[BeamStream], cou
         log_probs = joiner(enc[rows], np.array([h.context for h in flat], np.int64))
         totals = log_probs + np.array([h.log_prob for h in flat])[:, None]
         starts = np.cumsum([0, *sizes]).tolist()
+        if repeat_gain:
+            owners = [s for s, size in zip(live, sizes, strict=True) for _ in range(size)]
+            for k, (s, h) in enumerate(zip(owners, flat, strict=True)):
+                if h.context[1] != BLANK and row >= streams[s].repeatable(h):
+                    totals[k, h.context[1]] += repeat_gain
         sources = [_merge(h, totals[a:b]) for h, a, b in zip(beams, starts, starts[1:], strict=False)]
         scores = totals + np.array([h.boost for h in flat])[:, None]
         for k, s in enumerate(live):

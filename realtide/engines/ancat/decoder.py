@@ -112,9 +112,9 @@ class Decoder:
             if sum(sizes) != len(enc):
                 rows = np.concatenate([enc[ends[s] : ends[s + 1]] for s in group])
             if beams:
-                beam_search(self._joiner, rows, members, sizes)
+                beam_search(self._joiner, rows, members, sizes, self.config.repeat_gain)
             else:
-                greedy(self._joiner, rows, members, sizes, self.config.max_symbols)
+                greedy(self._joiner, rows, members, sizes, self.config.max_symbols, self.config.repeat_gain)
         for s, follower in enumerate(followers):
             reason = None if final is None else final[s]
             if reason is None:

@@ -281,6 +281,8 @@ def load(
         front = FrontendConfig(**architecture["frontend"])
         timing = WordTiming(frame_ms=front.subsampling * front.shift_ms, **architecture["word_times"])
         limits = dict(loaded.manifest.limits)
+        maximum = int(limits.get("max_utterance_ms", 60_000))
+        search = DecoderConfig(timing=timing, hard_max_utterance_ms=maximum, **architecture.get("search", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{loaded.directory}: architecture: {error}") from None
     shapes = state_shapes(config, step_frames)
@@ -297,11 +299,10 @@ def load(
         encoder = OrtProgram(loaded.graph("encoder", wanted), weights, state, options)
         joiner = OrtProgram(loaded.graph("joiner", wanted), weights, {}, options)
     tokenizer = Tokenizer(loaded.asset("tokenizer"))
-    maximum = int(limits.get("max_utterance_ms", 60_000))
     decoder = Decoder(
         lambda enc, contexts: joiner.run({"encoded": enc, "contexts": contexts})["log_probs"],
         tokenizer,
-        DecoderConfig(timing=timing, hard_max_utterance_ms=maximum),
+        search,
     )
     frame_ms = front.subsampling * front.shift_ms
     short = {long: name for name, long in PRECISIONS.items()}

@@ -176,6 +176,7 @@ def write_bundle(
     step_frames: int = 12,
     frontend: FrontendConfig | None = None,
     word_times: Mapping[str, float] | None = None,
+    search: Mapping[str, float] | None = None,
     calibration: Sequence[Float32] = (),
 ) -> Manifest:
     """Write everything a server needs into `directory`.
@@ -192,6 +193,7 @@ def write_bundle(
         step_frames: most new frames of one stream in one call.
         frontend: features; None: the defaults.
         word_times: calibrated offsets of word starts and ends, milliseconds.
+        search: fields of `utterance.DecoderConfig` that the weights need: repeat_gain and repeat_frames.
         calibration: normalised windows [n, window, mel_bins] of representative recordings; with some, the
             bundle also has an int8 encoder.
 
@@ -221,6 +223,7 @@ def write_bundle(
         "step_frames": step_frames,
         "frontend": {name: getattr(front, name) for name in front.__dataclass_fields__},
         "word_times": dict(word_times or {}),
+        "search": dict(search or {}),
     }
     return write_manifest(
         directory,

@@ -6,6 +6,11 @@ in one call; the first frame of each stream that is not blank gives its next tok
 joined again. Here (ours) a stream is also bounded by the frame after which its utterance may end, so that
 cutting an utterance is exact.
 
+A token that follows itself gets a *repeat gain* (ours). The stateless predictor learns from texts in which
+hardly any token does, and so does all it can to hear one sound once; said twice, the second one is lost
+("five five" as "five"). What its prior takes away, the search gives back, as one does with a model's internal
+language model (Meng et al. 2021, arXiv 2011.01991), but only once the first sound must be over.
+
 Rows of different streams never influence each other and every frame is searched to its end before the next,
 so tokens depend neither on the batch nor on how the rows were cut into calls. The module knows nothing of
 words or events.
@@ -49,6 +54,13 @@ class GreedyStream(Protocol):
 
     def horizon(self) -> int:
         """The row after which the utterance is cut if no further token comes; may lie past the last row."""
+        ...
+
+    def repeatable(self) -> int:
+        """The row from which on the context's last token, heard again, was said again.
+
+        It lies after the token's own row; may be negative or past the last row.
+        """
         ...
 
     def emit(self, row: int, token: int, log_prob: float) -> None:
@@ -100,12 +112,18 @@ class _Cursor:
 
 
 def greedy(
-    joiner: Joiner, enc: Float32, streams: Sequence[GreedyStream], counts: Sequence[int], max_symbols: int
+    joiner: Joiner,
+    enc: Float32,
+    streams: Sequence[GreedyStream],
+    counts: Sequence[int],
+    max_symbols: int,
+    repeat_gain: float = 0.0,
 ) -> None:
     """Search rows `enc` [M, J]; `counts[s]` contiguous rows belong to stream s.
 
-    A frame yields at most `max_symbols` tokens. The joiner is called once more than the busiest stream has
-    new tokens and cuts, at most, and each call joins only rows that are still open.
+    A frame yields at most `max_symbols` tokens. `repeat_gain` in nats is for a token that follows itself. The
+    joiner is called once more than the busiest stream has new tokens and cuts, at most, and each call joins
+    only rows that are still open.
     """
     firsts = [0, *np.cumsum(counts).tolist()]
     cursors = [_Cursor(*args) for args in zip(streams, firsts, counts, strict=False)]
@@ -121,7 +139,7 @@ def greedy(
             np.array([cursor.stream.context for cursor in active], np.int64), lengths, axis=0
         )
         log_probs = joiner(rows, contexts)
-        scores = _boosted(log_probs, active, lengths)
+        scores = _boosted(log_probs, active, lengths, repeat_gain)
         best = scores.argmax(axis=1)
         hits = np.flatnonzero(best != BLANK)
         starts = np.concatenate(([0], np.cumsum(lengths)))
@@ -137,18 +155,24 @@ def greedy(
         active = [cursor for cursor in active if cursor.settle()]
 
 
-def _boosted(log_probs: Float32, active: Sequence[_Cursor], lengths: Sequence[int]) -> Float32:
+def _boosted(
+    log_probs: Float32, active: Sequence[_Cursor], lengths: Sequence[int], repeat_gain: float
+) -> Float32:
     """Scores to choose by.
 
-    A copy with the streams' bonuses added, or `log_probs` itself where there are none.
+    A copy with the streams' bonuses and repeat gains added, or `log_probs` itself where there are none.
     """
     scores, start = log_probs, 0
     for cursor, length in zip(active, lengths, strict=True):
         bonus = cursor.stream.bonus
+        said = cursor.stream.context[1] if repeat_gain else BLANK
+        first = max(cursor.stream.repeatable() - cursor.next_row, 0) if said != BLANK else length
+        if scores is log_probs and (bonus is not None or first < length):
+            scores = log_probs.copy()
         if bonus is not None:
-            if scores is log_probs:
-                scores = log_probs.copy()
             scores[start : start + length, bonus.ids] += bonus.values
+        if first < length:
+            scores[start + first : start + length, said] += repeat_gain
         start += length
     return scores
 

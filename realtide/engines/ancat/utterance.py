@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 
 import numpy as np
 
@@ -32,7 +32,16 @@ class DecoderConfig:
     max_symbols: int = 3  # most tokens that greedy search emits at one frame
     timing: WordTiming = field(default_factory=WordTiming)
     stable_frames: int = 8  # a word whose last token is older than this counts as stable
+    repeat_gain: float = 0.0  # nats for a token that follows itself
+    repeat_frames: int = 6  # and comes so many frames after itself, or more
     hard_max_utterance_ms: int = 60_000  # bounds an utterance even where endpointing is off
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.repeat_gain < inf or self.repeat_frames < 1:
+            raise ValueError(
+                f"repeat_gain must be finite and at least 0 and repeat_frames at least 1, not "
+                f"{self.repeat_gain} and {self.repeat_frames}"
+            )
 
 
 class Follower:
@@ -90,6 +99,15 @@ class Follower:
         state = self.state
         frame = state.endpointer.cut(state.start, state.hypotheses[0].last_frame).frame
         return max(frame, state.rules_from) - self._base
+
+    def repeatable(self, hypothesis: Hypothesis | None = None) -> int:
+        """Row from which on the last token of `hypothesis` (None: the best) may have been said again.
+
+        Where it is of the utterance before, it came before this one's start.
+        """
+        state = self.state
+        last = (hypothesis or state.hypotheses[0]).last_frame
+        return (state.start - 1 if last is None else last) + self._config.repeat_frames - self._base
 
     # What greedy search tells.
 

@@ -22,6 +22,7 @@ class Stream:
     beam: int = 4
     graph: BoostGraph | None = None
     longest: int = 10**9  # rows of an utterance
+    again: int = 1  # rows after which a token may follow itself
     base: int = 0
     start: int = 0
     hypotheses: list[Hypothesis] = field(default_factory=lambda: [Hypothesis()])
@@ -29,6 +30,10 @@ class Stream:
 
     def token(self, row: int, token: int, log_prob: float) -> Token:
         return Token(token, self.base + row, log_prob, self.base + row)
+
+    def repeatable(self, hypothesis: Hypothesis) -> int:
+        assert hypothesis.last_frame is not None
+        return hypothesis.last_frame + self.again - self.base
 
     def searched(self, row: int, hypotheses: list[Hypothesis]) -> None:
         self.results.append(hypotheses)
@@ -42,26 +47,31 @@ def context_of(ids: tuple[int, ...]) -> Context:
     return padded[-2], padded[-1]
 
 
-def all_alignments(joiner: ToyJoiner, enc: np.ndarray) -> dict[tuple[int, ...], float]:
-    """Log-probability of every token sequence: every alignment with at most one token per frame, summed."""
+def all_alignments(joiner: ToyJoiner, enc: np.ndarray, gain: float) -> dict[tuple[int, ...], float]:
+    """Log-probability of every token sequence: every alignment with at most one token per frame, summed.
+
+    A token that follows itself is worth `gain` more.
+    """
     totals: dict[tuple[int, ...], float] = {}
     for choice in product(range(joiner.vocabulary), repeat=len(enc)):
         ids: tuple[int, ...] = ()
         log_prob = 0.0
         for row, token in zip(enc, choice, strict=True):
             log_prob += float(joiner.one(row, context_of(ids))[token])
+            log_prob += gain if ids and token == ids[-1] else 0.0
             ids = (*ids, token) if token else ids
         totals[ids] = np.logaddexp(totals.get(ids, -np.inf), log_prob)
     return totals
 
 
+@pytest.mark.parametrize("gain", [0.0, 1.5])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_wide_beam_is_exhaustive(seed: int) -> None:
+def test_a_wide_beam_is_exhaustive(seed: int, gain: float) -> None:
     joiner = ToyJoiner(seed, vocabulary=3, blank=0.3)
     enc = rows_of(seed, 5)
     stream = Stream(beam=1000)
-    beam_search(joiner, enc, [stream], [5])
-    expected = all_alignments(joiner, enc)
+    beam_search(joiner, enc, [stream], [5], gain)
+    expected = all_alignments(joiner, enc, gain)
     assert {h.ids: h.log_prob for h in stream.hypotheses} == pytest.approx(expected, abs=1e-4)
     assert len(stream.hypotheses) == len(expected) > 40
     scores = [h.score for h in stream.hypotheses]
@@ -132,6 +142,23 @@ def test_tokens_carry_the_frames_of_the_likelier_way() -> None:
                     assert h.tokens[-1].frame == row
                     moved += 1
     assert moved > 0
+
+
+def test_a_repeat_gain_waits_until_the_token_may_be_said_again() -> None:
+    gained = 0
+    for seed in range(8):
+        joiner, enc = ToyJoiner(seed, blank=1.0), rows_of(seed, 24)
+        plain, late, never = Stream(), Stream(again=4), Stream(again=24)
+        for stream in (plain, late, never):
+            beam_search(joiner, enc, [stream], [24], 0.0 if stream is plain else 3.0)
+        assert never.results == plain.results
+        assert late.results[:4] == plain.results[:4]
+        repeats = [
+            sum(a == b for a, b in zip(h.ids, h.ids[1:], strict=False))
+            for h in (plain.hypotheses[0], late.hypotheses[0])
+        ]
+        gained += repeats[1] - repeats[0]
+    assert gained > 0
 
 
 def test_boosts_change_the_outcome_and_broken_matches_are_taken_back() -> None:

@@ -21,6 +21,7 @@ class Stream:
     silence: int = 10**9
     longest: int = 10**9
     graph: BoostGraph | None = None
+    again: int = 1  # rows after which a token may follow itself
     base: int = 0  # rows of earlier calls
     start: int = 0
     last: int | None = None
@@ -37,6 +38,9 @@ class Stream:
         quiet_since = self.start - 1 if self.last is None else self.last
         return min(quiet_since + self.silence, self.start + self.longest - 1) - self.base
 
+    def repeatable(self) -> int:
+        return (self.start - 1 if self.last is None else self.last) + self.again - self.base
+
     def emit(self, row: int, token: int, log_prob: float) -> None:
         self.context, self.last = (self.context[1], token), self.base + row
         if self.graph is not None:
@@ -49,7 +53,9 @@ class Stream:
         self.start, self.last, self.context, self.node = self.base + row + 1, None, START, ROOT
 
 
-def frame_by_frame(joiner: ToyJoiner, enc: np.ndarray, stream: Stream, max_symbols: int) -> Stream:
+def frame_by_frame(
+    joiner: ToyJoiner, enc: np.ndarray, stream: Stream, max_symbols: int, repeat_gain: float = 0.0
+) -> Stream:
     """The definition: one frame at a time, one token at a time, then ask whether the utterance is over."""
     for row in range(len(enc)):
         for _ in range(max_symbols):
@@ -57,6 +63,8 @@ def frame_by_frame(joiner: ToyJoiner, enc: np.ndarray, stream: Stream, max_symbo
             scores = log_probs.copy()
             if stream.graph is not None and stream.bonus is not None:
                 scores[stream.bonus.ids] += stream.bonus.values
+            if stream.last is not None and row - stream.last >= stream.again:
+                scores[stream.context[1]] += repeat_gain
             token = int(scores.argmax())
             if token == 0:
                 break
@@ -67,7 +75,12 @@ def frame_by_frame(joiner: ToyJoiner, enc: np.ndarray, stream: Stream, max_symbo
 
 
 def search(
-    joiner: Joiner, encs: list[np.ndarray], streams: list[Stream], sizes: list[list[int]], max_symbols: int
+    joiner: Joiner,
+    encs: list[np.ndarray],
+    streams: list[Stream],
+    sizes: list[list[int]],
+    max_symbols: int,
+    repeat_gain: float = 0.0,
 ) -> None:
     """Feed every stream its own chunks, as many at a time as there are.
 
@@ -77,7 +90,8 @@ def search(
     for k in range(max(map(len, chunks))):
         live = [s for s in range(len(streams)) if k < len(chunks[s])]
         rows = [encs[s][chunks[s][k]] for s in live]
-        greedy(joiner, np.concatenate(rows), [streams[s] for s in live], [len(r) for r in rows], max_symbols)
+        members, counts = [streams[s] for s in live], [len(r) for r in rows]
+        greedy(joiner, np.concatenate(rows), members, counts, max_symbols, repeat_gain)
         for s, r in zip(live, rows, strict=True):
             streams[s].base += len(r)
 
@@ -91,6 +105,8 @@ def search(
     silence=st.integers(1, 12),
     longest=st.integers(3, 30),
     boosted=st.booleans(),
+    again=st.integers(1, 5),
+    repeat_gain=st.sampled_from([0.0, 1.5, 4.0]),
 )
 def test_equals_frame_by_frame(
     seed: int,
@@ -100,18 +116,19 @@ def test_equals_frame_by_frame(
     silence: int,
     longest: int,
     boosted: bool,
+    again: int,
+    repeat_gain: float,
 ) -> None:
     joiner = ToyJoiner(seed, blank=0.5)
     graph = BoostGraph([((1, 2, 3), 1.0), ((2, 4), 0.7)], joiner.vocabulary) if boosted else None
     encs = [rows_of(seed + k, n) for k, n in enumerate(frames)]
-    streams = [Stream(silence=silence + k, longest=longest + k, graph=graph) for k in range(len(encs))]
-    expected = [
-        frame_by_frame(
-            joiner, enc, Stream(silence=silence + k, longest=longest + k, graph=graph), max_symbols
-        )
-        for k, enc in enumerate(encs)
-    ]
-    search(joiner, encs, streams, sizes[: len(encs)], max_symbols)
+
+    def fresh(k: int) -> Stream:
+        return Stream(silence=silence + k, longest=longest + k, graph=graph, again=again)
+
+    streams = [fresh(k) for k in range(len(encs))]
+    expected = [frame_by_frame(joiner, enc, fresh(k), max_symbols, repeat_gain) for k, enc in enumerate(encs)]
+    search(joiner, encs, streams, sizes[: len(encs)], max_symbols, repeat_gain)
     for ours, theirs in zip(streams, expected, strict=True):
         assert ours.log == theirs.log
         assert ours.log_probs == theirs.log_probs
@@ -168,6 +185,26 @@ def test_boosting_changes_the_outcome() -> None:
         count = sum(token in (4, 5) for _, _, token in boosted.log)
         assert count > sum(token in (4, 5) for _, _, token in plain.log)
         assert max(boosted.log_probs) <= 0.0
+
+
+def test_a_repeat_gain_brings_tokens_that_follow_themselves_but_not_too_soon() -> None:
+    more = 0
+    for seed in range(12):
+        joiner, enc = ToyJoiner(seed, blank=1.0), rows_of(seed, 60)
+        plain, eager = Stream(again=4), Stream(again=4)
+        greedy(joiner, enc, [plain], [60], 1)
+        greedy(joiner, enc, [eager], [60], 1, 3.0)
+        pairs = [list(zip(s.log, s.log[1:], strict=False)) for s in (plain, eager)]
+        late = [
+            sum(a[2] == b[2] and b[1] - a[1] >= 4 for a, b in pair if (a[0], b[0]) == ("token", "token"))
+            for pair in pairs
+        ]
+        more += late[1] - late[0]
+        assert max(eager.log_probs) <= 0.0  # what is reported is the model's
+    assert more > 5
+    never = Stream(again=1000)
+    greedy(joiner, enc, [never], [60], 1, 3.0)
+    assert never.log == plain.log
 
 
 def test_a_cut_due_at_once_waits_for_one_row() -> None:
