@@ -18,5 +18,5 @@ if server:
                 stream.finish()
                 print("speech:", len(list(stream)), "results")
         if probe(server, "realtide.v1.Video") == "SERVING":
-            with client.video("a test", frames=4) as stream:
+            with client.video(prompt="a red apple", length_frames=9) as stream:
                 print("video:", len(list(stream)), "events")
