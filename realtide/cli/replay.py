@@ -16,7 +16,7 @@ import typer
 from realtide.cli.errors import CommandError
 
 if TYPE_CHECKING:
-    from realtide.engines.longlive.replay import Report
+    from realtide.engines.runtime.golden import Report
 
 
 class Backend(StrEnum):
@@ -43,7 +43,8 @@ def command(
 
     For every tensor two numbers are shown: rel_l2, the L2 norm of the difference over that of the
     reference, and max_abs, the largest absolute difference. A case is ok if every rel_l2 is at most 1e-5
-    (torch) or 1e-4 (onnxruntime); wrong window, sink or recache semantics give 0.05 and more. Exits with 1
+    (torch) or 1e-4 (onnxruntime); wrong semantics (window, sink,
+    recache, positions of conditions, place of a LoRA) give far more. Exits with 1
     if it is not.
 
     Needs PyTorch (extra `train`); onnxruntime also needs the extras `cpu` and `export`, and some 30
@@ -54,13 +55,17 @@ def command(
     Example: realtide replay wan_vae_seed31.safetensors --json --backend onnxruntime
     """
     try:
-        from realtide.engines.longlive import replay
+        from realtide.engines.easycontrol import replay as images
+        from realtide.engines.longlive import replay as video
+        from realtide.engines.runtime import golden
         from realtide.engines.runtime.program import ProgramError
     except ImportError as error:
         raise CommandError(f"replaying needs a package that is not installed: {error}") from None
     try:
         with quiet():
-            report = replay.replay(case, backend.value)
+            described, _ = golden.read_case(case)
+            engine = images if images.KEY in described else video
+            report = engine.replay(case, backend.value)
     except (ValueError, ProgramError) as error:
         raise CommandError(str(error)) from None
     except ImportError as error:
@@ -72,7 +77,7 @@ def command(
         line = {"case": report.case, "backend": report.backend, "tensors": tensors, "ok": report.ok}
         typer.echo(json.dumps(line))
     else:
-        _table(report, replay.TOLERANCE[report.backend])
+        _table(report, golden.TOLERANCE[report.backend])
     if not report.ok:
         raise CommandError(f"{report.case}: not what the reference computes")
 

@@ -6,42 +6,17 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from math import prod
-from typing import Any, Literal, Self
+from typing import Literal
+
+from realtide.engines.runtime.section import Section
 
 Rotary = Literal["absolute", "relative"]
 
 
-class _Section:
-    """A section of the manifest's `architecture`: plain values that are checked when they are read."""
-
-    __slots__ = ()
-    section = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
-        values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a manifest's mapping; raises ValueError naming an unknown or wrong field."""
-        unknown = set(values) - {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        if unknown:
-            raise ValueError(f"{cls.section} has no field {sorted(unknown)[0]!r}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-    def _at_least_one(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{self.section}.{name} must be a whole number of at least 1, got {value!r}")
-
-
 @dataclass(frozen=True, slots=True)
-class TransformerConfig(_Section):
+class TransformerConfig(Section):
     """The Wan diffusion transformer. A token is a patch of `patch` x `patch` latent pixels of one frame."""
 
     section = "transformer"
@@ -59,7 +34,7 @@ class TransformerConfig(_Section):
 
     def __post_init__(self) -> None:
         names = [f.name for f in fields(self) if f.name != "eps"]
-        self._at_least_one(*names)
+        self.at_least_one(*names)
         if self.dim % self.heads:
             raise ValueError(
                 f"transformer.dim ({self.dim}) must be a multiple of transformer.heads ({self.heads})"
@@ -86,7 +61,7 @@ class TransformerConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True)
-class StreamConfig(_Section):
+class StreamConfig(Section):
     """How video is generated: size, blocks, window, sampler.
 
     Frames are *latent frames*; `height` and `width` count latent pixels (1/8 of the video's).
@@ -117,7 +92,7 @@ class StreamConfig(_Section):
     context_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        self._at_least_one("height", "width", "block", "window")
+        self.at_least_one("height", "width", "block", "window")
         if self.sink < 0 or self.sink + self.block > self.window:
             raise ValueError(
                 f"stream.sink must be in 0..{self.window - self.block} (window less block), got {self.sink}"
@@ -134,7 +109,7 @@ class StreamConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True)
-class VaeConfig(_Section):
+class VaeConfig(Section):
     """The causal video VAE of Wan2.1.
 
     Attributes:
@@ -159,7 +134,7 @@ class VaeConfig(_Section):
     std: tuple[float, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        self._at_least_one("dim", "latent", "residual_blocks")
+        self.at_least_one("dim", "latent", "residual_blocks")
         if not self.multipliers or not all(m >= 1 for m in self.multipliers):
             raise ValueError(f"vae.multipliers must be at least 1, got {list(self.multipliers)}")
         if len(self.temporal) != len(self.multipliers) - 1:
@@ -190,7 +165,7 @@ class VaeConfig(_Section):
 
 
 @dataclass(frozen=True, slots=True)
-class TextConfig(_Section):
+class TextConfig(Section):
     """The UMT5 encoder."""
 
     section = "text"
@@ -206,7 +181,7 @@ class TextConfig(_Section):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        self._at_least_one(*[f.name for f in fields(self) if f.name != "eps"])
+        self.at_least_one(*[f.name for f in fields(self) if f.name != "eps"])
         if self.attention_dim % self.heads:
             raise ValueError(
                 f"text.attention_dim ({self.attention_dim}) must be a multiple of text.heads ({self.heads})"

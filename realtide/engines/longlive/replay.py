@@ -6,16 +6,13 @@ a file with ``weights`` in its name and exactly the tensors of the case's model.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from realtide.engines.longlive import window
 from realtide.engines.longlive.config import (
@@ -31,59 +28,8 @@ from realtide.engines.longlive.config import (
 from realtide.engines.longlive.generation import VideoStream
 from realtide.engines.longlive.programs import FrameDecoder, FrameEncoder
 from realtide.engines.longlive.schedule import warped
+from realtide.engines.runtime.golden import Backend, CaseError, Report, difference, read_case, weights_beside
 from realtide.engines.runtime.program import Array
-
-Backend = Literal["torch", "onnxruntime"]
-TOLERANCE: Mapping[Backend, float] = {"torch": 1e-5, "onnxruntime": 1e-4}
-"""Largest relative L2 difference of a tensor that passes."""
-
-
-class CaseError(ValueError):
-    """A file is no case that can be replayed; the message is one sentence."""
-
-
-class _Named(dict[str, Any]):
-    """Parts of a case by name; one that is not there is the case's fault."""
-
-    def __missing__(self, name: str) -> Any:
-        raise CaseError(f"the case has no {name!r}")
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """How far a tensor is from the reference's.
-
-    Attributes:
-        rel_l2: L2 norm of the difference over that of the reference.
-        max_abs: largest absolute difference.
-    """
-
-    rel_l2: float
-    max_abs: float
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a replay found: tensors by name, and whether all are within the backend's tolerance."""
-
-    case: str
-    backend: Backend
-    tensors: dict[str, Difference]
-
-    @property
-    def ok(self) -> bool:
-        """True if every tensor passes; NaN does not."""
-        return all(found.rel_l2 <= TOLERANCE[self.backend] for found in self.tensors.values())
-
-
-def difference(have: Array, want: Array) -> Difference:
-    """Compare two arrays, in float64. Raises CaseError if their shapes differ."""
-    if have.shape != want.shape:
-        raise CaseError(f"the replay gives {list(have.shape)} where the case has {list(want.shape)}")
-    gap = have.astype(np.float64) - want.astype(np.float64)
-    norm = float(np.linalg.norm(want.astype(np.float64)))
-    rel_l2 = float(np.linalg.norm(gap)) / norm if norm else float(np.linalg.norm(gap))
-    return Difference(rel_l2, float(np.abs(gap).max(initial=0.0)))
 
 
 def replay(path: Path, backend: Backend = "torch") -> Report:
@@ -99,7 +45,7 @@ def replay(path: Path, backend: Backend = "torch") -> Report:
         ProgramError: a graph could not be made or run.
         ValueError: the case's numbers make no model.
     """
-    case, tensors = _read(path)
+    case, tensors = read_case(path)
     plays: Iterable[tuple[str, _Play]] = (("rope", _video), ("z_dim", _vae), ("vocab", _text))
     for key, play in plays:
         if key in case:
@@ -122,7 +68,7 @@ def _video(
     from realtide.engines.longlive import torch_programs
     from realtide.engines.longlive.transformer import WanTransformer
 
-    weights = _weights(path, WanTransformer(config.transformer).state_dict())
+    weights = weights_beside(path, WanTransformer(config.transformer).state_dict())
     cache = _zeros({name: (rows, *shape) for name, (rows, shape) in cache_shapes(config).items()})
     model = torch_programs.transformer(config.transformer, weights)
     programs = torch_programs.video_programs(model, config, cache)
@@ -218,7 +164,7 @@ def _vae(
 
     shapes = WanVae(config).state_dict()
     half = ("decoder.", "conv2.") if "pixels" not in tensors else ""
-    weights = _weights(path, {name: value for name, value in shapes.items() if name.startswith(half)})
+    weights = weights_beside(path, {name: value for name, value in shapes.items() if name.startswith(half)})
     absent = _zeros({name: tuple(value.shape) for name, value in shapes.items() if name not in weights})
     model = torch_programs.vae(config, weights | absent)
     found: dict[str, Array] = {}
@@ -266,7 +212,7 @@ def _text(
     from realtide.engines.longlive import torch_programs
     from realtide.engines.longlive.text import TextEncoder
 
-    weights = _weights(path, TextEncoder(config).state_dict())
+    weights = weights_beside(path, TextEncoder(config).state_dict())
     model = torch_programs.text_encoder(config, weights)
     program = torch_programs.text_program(model)
     if backend == "onnxruntime":
@@ -278,39 +224,6 @@ def _text(
         count = int(mask.sum())
         embeds[row, :count] = program.run({"ids": ids[:count]})["embeds"]
     return {"embeds_padding_zeroed": embeds}
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            case = json.loads(metadata["case"], object_hook=_Named)
-            if not isinstance(case, dict):
-                raise CaseError(f"{path}: its case is no JSON object")
-            return case, _Named({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except KeyError:
-        raise CaseError(f"{path}: no case: its metadata has no 'case'") from None
-    except OSError as error:
-        raise CaseError(f"{path}: {error.strerror or error}") from error
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise CaseError(f"{path}: {error}") from error
-
-
-def _weights(path: Path, names: Mapping[str, Any]) -> dict[str, Array]:
-    """The tensors of the file beside a case that has exactly these names and shapes."""
-    near = sorted(path.parent.glob("*weights*.safetensors"))
-    for other in near:
-        try:
-            with safe_open(other, framework="np") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-                if shapes == {name: tuple(value.shape) for name, value in names.items()}:
-                    return {name: file.get_tensor(name) for name in shapes}
-        except (OSError, SafetensorError):
-            continue  # another case's; if none is left the error below says so
-    raise CaseError(
-        f"{path}: no *weights*.safetensors beside it has the {len(names)} tensors of its model"
-        f" ({len(near)} looked at)"
-    )
 
 
 def _zeros(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:

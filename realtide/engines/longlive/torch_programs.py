@@ -7,11 +7,8 @@ module.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
-import numpy as np
 import torch
-from torch import nn
 
 from realtide.engines.longlive.config import (
     TextConfig,
@@ -37,29 +34,7 @@ from realtide.engines.longlive.text import EncodeText, TextEncoder
 from realtide.engines.longlive.transformer import WanTransformer
 from realtide.engines.longlive.vae import DecodeFirst, DecodeNext, EncodeFirst, EncodeNext, WanVae
 from realtide.engines.runtime.program import Array, Program, TensorSpec
-from realtide.engines.runtime.torch_program import TorchProgram
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def load(module: M, weights: Mapping[str, Array]) -> M:
-    """The module with these weights, as float32, in evaluation mode.
-
-    Raises:
-        ValueError: a weight is missing, unexpected or of another shape; the message names it.
-    """
-    wanted = module.state_dict()
-    missing, unexpected = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
-    if missing or unexpected:
-        what = f"lack {missing[0]!r}" if missing else f"have {unexpected[0]!r}, which the model has not"
-        more = len(missing) + len(unexpected) - 1
-        raise ValueError(f"the weights {what}" + (f" (and {more} more differences)" if more else ""))
-    values = {name: torch.from_numpy(np.asarray(weights[name], np.float32).copy()) for name in wanted}
-    for name, value in values.items():
-        if value.shape != wanted[name].shape:
-            raise ValueError(f"weight {name!r} is {list(value.shape)}, not {list(wanted[name].shape)}")
-    module.load_state_dict(values, assign=True)
-    return module.eval().requires_grad_(False)
+from realtide.engines.runtime.torch_program import TorchProgram, load
 
 
 def transformer(config: TransformerConfig, weights: Mapping[str, Array]) -> WanTransformer:

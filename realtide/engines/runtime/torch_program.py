@@ -7,7 +7,7 @@ next-state tensors. It may write a state tensor in place and return it, and then
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from realtide.engines.runtime.program import (
     TensorSpec,
     check_state,
 )
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class TorchProgram:
@@ -107,6 +109,26 @@ class TorchProgram:
                 if not _same_memory(tensor, following):
                     tensor.copy_(following)
         return owned
+
+
+def load(module: M, weights: Mapping[str, Array]) -> M:
+    """The module with these weights, as float32, in evaluation mode.
+
+    Raises:
+        ValueError: a weight is missing, unexpected or of another shape; the message names it.
+    """
+    wanted = module.state_dict()
+    missing, unexpected = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
+    if missing or unexpected:
+        what = f"lack {missing[0]!r}" if missing else f"have {unexpected[0]!r}, which the model has not"
+        more = len(missing) + len(unexpected) - 1
+        raise ValueError(f"the weights {what}" + (f" (and {more} more differences)" if more else ""))
+    values = {name: torch.from_numpy(np.asarray(weights[name], np.float32).copy()) for name in wanted}
+    for name, value in values.items():
+        if value.shape != wanted[name].shape:
+            raise ValueError(f"weight {name!r} is {list(value.shape)}, not {list(wanted[name].shape)}")
+    module.load_state_dict(values, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -11,7 +11,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from realtide.engines.longlive.replay import CaseError, difference, replay
+from realtide.engines.longlive.replay import replay
+from realtide.engines.runtime.golden import CaseError, difference
 from tests.engines.longlive.conftest import GOLDEN
 
 CASES = {

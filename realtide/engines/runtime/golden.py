@@ -1,0 +1,104 @@
+"""Golden cases of public reference implementations: how they are read and compared (ours).
+
+A case is a safetensors file whose metadata describes it in JSON under ``case``; its weights lie beside it, in
+files with ``weights`` in their names. Serving never imports this.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from realtide.engines.runtime.program import Array
+
+Backend = Literal["torch", "onnxruntime"]
+TOLERANCE: Mapping[Backend, float] = {"torch": 1e-5, "onnxruntime": 1e-4}
+"""Largest relative L2 difference of a tensor that passes."""
+
+
+class CaseError(ValueError):
+    """A file is no case that can be replayed; the message is one sentence."""
+
+
+class Named(dict[str, Any]):
+    """Parts of a case by name; one that is not there is the case's fault."""
+
+    def __missing__(self, name: str) -> Any:
+        raise CaseError(f"the case has no {name!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far a tensor is from the reference's.
+
+    Attributes:
+        rel_l2: L2 norm of the difference over that of the reference.
+        max_abs: largest absolute difference.
+    """
+
+    rel_l2: float
+    max_abs: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a replay found: tensors by name, and whether all are within the backend's tolerance."""
+
+    case: str
+    backend: Backend
+    tensors: dict[str, Difference]
+
+    @property
+    def ok(self) -> bool:
+        """True if every tensor passes; NaN does not."""
+        return all(found.rel_l2 <= TOLERANCE[self.backend] for found in self.tensors.values())
+
+
+def difference(have: Array, want: Array) -> Difference:
+    """Compare two arrays, in float64. Raises CaseError if their shapes differ."""
+    if have.shape != want.shape:
+        raise CaseError(f"the replay gives {list(have.shape)} where the case has {list(want.shape)}")
+    gap = have.astype(np.float64) - want.astype(np.float64)
+    norm = float(np.linalg.norm(want.astype(np.float64)))
+    rel_l2 = float(np.linalg.norm(gap)) / norm if norm else float(np.linalg.norm(gap))
+    return Difference(rel_l2, float(np.abs(gap).max(initial=0.0)))
+
+
+def read_case(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """A case's description and tensors; what it lacks raises CaseError when it is asked for."""
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            case = json.loads(metadata["case"], object_hook=Named)
+            if not isinstance(case, dict):
+                raise CaseError(f"{path}: its case is no JSON object")
+            return case, Named({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except KeyError:
+        raise CaseError(f"{path}: no case: its metadata has no 'case'") from None
+    except OSError as error:
+        raise CaseError(f"{path}: {error.strerror or error}") from error
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CaseError(f"{path}: {error}") from error
+
+
+def weights_beside(path: Path, names: Mapping[str, Any]) -> dict[str, Array]:
+    """The tensors of the file beside a case that has exactly these names and shapes."""
+    near = sorted(path.parent.glob("*weights*.safetensors"))
+    for other in near:
+        try:
+            with safe_open(other, framework="np") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                if shapes == {name: tuple(value.shape) for name, value in names.items()}:
+                    return {name: file.get_tensor(name) for name in shapes}
+        except (OSError, SafetensorError):
+            continue  # another case's; if none is left the error below says so
+    raise CaseError(
+        f"{path}: no *weights*.safetensors beside it has the {len(names)} tensors of its model"
+        f" ({len(near)} looked at)"
+    )
