@@ -1,0 +1,358 @@
+"""The image engine: sessions whose steps are batched, over one cache of conditions (ours).
+
+A step either does one thing that an image needs before its steps (its prompt, one of its conditions), or
+denoises a batch of images of one size under equally many conditions. Sessions take turns between any two
+steps. Finished latents are decoded and encoded by the worker thread while the next steps run. Needs no
+PyTorch: programs come from ONNX graphs; `torch_programs` gives the same engine over the PyTorch modules.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from realtide.bundle import Bundle, BundleError, Precision, load_bundle
+from realtide.engines.easycontrol import loras
+from realtide.engines.easycontrol.config import (
+    ConditionConfig,
+    ImageConfig,
+    PooledConfig,
+    SamplerConfig,
+    TextConfig,
+    TransformerConfig,
+    VaeConfig,
+    condition_bytes,
+)
+from realtide.engines.easycontrol.layout import POOLED_TOKENIZER, PROGRAMS, TOKENIZER, lora
+from realtide.engines.easycontrol.parts import Parts
+from realtide.engines.easycontrol.programs import ImagePrograms
+from realtide.engines.easycontrol.session import ImageSession, unpack
+from realtide.engines.easycontrol.store import ConditionStore
+from realtide.engines.easycontrol.tokenizer import PooledTokenizer, PromptTokenizer
+from realtide.engines.easycontrol.types import ImageEvent, ImageModelInfo, ImageOptions
+from realtide.engines.easycontrol.worker import Worker
+from realtide.engines.engine import Session, StageTimer
+from realtide.engines.runtime.ort import OrtOptions
+from realtide.engines.runtime.program import Array
+from realtide.engines.runtime.slots import SlotPool
+from realtide.engines.runtime.weights import WeightFile
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
+CACHE_BYTES = 1 << 28
+"""Budget of the condition cache where nothing else is said; a condition always fits."""
+
+
+class EasyControlEngine:
+    """See `engine.Engine`; sessions take the inputs and give the events of `types`.
+
+    Args:
+        name: of the bundle.
+        info: what is known of the model.
+        parts: model and cache.
+        slots: sessions that can be open at once.
+        max_batch: most sessions that one step advances.
+        latency: seconds after which a session's next step is due.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        info: ImageModelInfo,
+        parts: Parts,
+        slots: int,
+        max_batch: int,
+        latency: float = 0.1,
+    ) -> None:
+        self._model, self._info, self._parts = name, info, parts
+        self._pool = SlotPool(slots)
+        self._max_batch, self._latency = max_batch, latency
+        self._wake: Callable[[Session], None] = lambda session: None
+        self._on_stage: StageTimer = lambda stage, seconds, batch: None
+        self._sessions: frozenset[ImageSession] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """Engine name as used in metric labels."""
+        return "easycontrol"
+
+    @property
+    def model(self) -> str:
+        """Name of the loaded bundle."""
+        return self._model
+
+    @property
+    def info(self) -> ImageModelInfo:
+        """Limits and facts of the model."""
+        return self._info
+
+    @property
+    def slots(self) -> int:
+        """Sessions that can be open at once."""
+        return self._pool.slots
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that no session holds."""
+        return self._pool.free_slots
+
+    @property
+    def max_batch(self) -> int:
+        """Most sessions that one step advances."""
+        return self._max_batch
+
+    @property
+    def cache_bytes(self) -> int:
+        """Budget of the condition cache."""
+        return self._parts.store.budget
+
+    @property
+    def store(self) -> ConditionStore:
+        """The condition cache."""
+        return self._parts.store
+
+    @property
+    def parked(self) -> int:
+        """None: images are small while they form."""
+        return 0
+
+    def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
+        """See `engine.Engine`."""
+        self._wake, self._on_stage = wake, on_stage
+
+    def wake(self, session: ImageSession) -> None:
+        """`session` has something to collect; from any thread."""
+        self._wake(session)
+
+    def freed(self) -> None:
+        """Sessions that wait for memory of the condition cache may go on."""
+        for session in self._sessions:
+            if session.current is not None:
+                self._wake(session)
+
+    def on_stage(self, stage: str, seconds: float, batch: int) -> None:
+        """Pass on how long the worker's thread took."""
+        self._on_stage(stage, seconds, batch)
+
+    def close(self) -> None:
+        """End the worker's thread."""
+        self._parts.worker.close()
+
+    def open(self, options: ImageOptions) -> ImageSession:
+        """Take a slot. Raises SlotsExhausted."""
+        return self._open(options, None)
+
+    def restore(self, checkpoint: bytes, options: ImageOptions | None = None) -> ImageSession:
+        """Take a slot and continue an exported session: the image under way comes out the same.
+
+        Raises:
+            ValueError: no options; how images are encoded and which comes next is in no checkpoint.
+            SlotsExhausted: no slot is free.
+            CheckpointMismatch: the checkpoint is damaged, or of another model.
+        """
+        if options is None:
+            raise ValueError("options are needed: a checkpoint does not say how images are encoded")
+        return self._open(options, checkpoint)
+
+    def _open(self, options: ImageOptions, checkpoint: bytes | None) -> ImageSession:
+        state = None if checkpoint is None else unpack(checkpoint)
+        lease = self._pool.take()
+        try:
+            session = ImageSession(self._parts, self, lease, options, self._latency, state)
+        except BaseException:
+            lease.free()
+            raise
+        self._sessions = frozenset(s for s in self._sessions if not s.closed) | {session}
+        return session
+
+    def batch_key(self, session: ImageSession) -> Hashable:
+        """Images of one size under equally many conditions share a step."""
+        current = session.current
+        if current is None or not current.ready:
+            return id(session)
+        return current.grid, current.condition_tokens
+
+    def step(self, sessions: Sequence[ImageSession], on_stage: StageTimer) -> list[list[ImageEvent]]:
+        """Advance sessions of one key by one step."""
+        events = [session.begin() for session in sessions]
+        first = sessions[0].current
+        if first is None or not first.ready:
+            for session, found in zip(sessions, events, strict=True):
+                found += session.prepare(on_stage)
+            return events
+        rows = [session.row() for session in sessions]
+        begun = time.perf_counter()
+        velocities = self._parts.velocities(rows, first.grid)
+        on_stage("denoise", time.perf_counter() - begun, len(rows))
+        for session, found, velocity in zip(sessions, events, velocities, strict=True):
+            found += session.advance(velocity)
+        return events
+
+
+def load(
+    bundle: Bundle | Path | str,
+    *,
+    slots: int,
+    max_batch: int = 8,
+    precision: str | None = None,
+    threads: int = 1,
+    step_latency: float = 0.1,
+    backend: str = "onnxruntime",
+    cache_bytes: int | None = None,
+) -> EasyControlEngine:
+    """Load a bundle into an engine.
+
+    Args:
+        bundle: the bundle or its directory.
+        slots: sessions that can be open at once.
+        max_batch: most sessions that one step advances.
+        precision: ``fp32``, ``fp16`` or ``bf16``; None: the bundle's default.
+        threads: threads of one program.
+        step_latency: seconds after which a session's next step is due.
+        backend: ``onnxruntime``, or ``torch`` where PyTorch is installed.
+        cache_bytes: budget of the condition cache; None: 256 MiB, or a few conditions if that is more.
+
+    Raises:
+        BundleError, ProgramError: the bundle is not usable; the message names the file or the field.
+    """
+    loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    wanted = loaded.precision(None if precision is None else PRECISIONS.get(precision, precision))
+    try:
+        config, text, pooled = architecture(loaded.manifest.architecture)
+        pieces = PromptTokenizer(loaded.asset(TOKENIZER), config.transformer.text_tokens)
+        pairs = loaded.asset(POOLED_TOKENIZER) if POOLED_TOKENIZER in loaded.manifest.assets else None
+        short = PooledTokenizer(pooled, pieces, pairs)
+        limits = _limits(loaded.manifest.limits, config)
+        itemsize = 2 if wanted in ("float16", "bfloat16") else 4
+        each = condition_bytes(config, itemsize)
+        budget = cache_bytes or max(CACHE_BYTES, limits["max_conditions"] * each)
+        if budget < limits["max_conditions"] * each:
+            raise ValueError(
+                f"cache_bytes: {limits['max_conditions']} conditions of an image need"
+                f" {limits['max_conditions'] * each} bytes, got {budget}"
+            )
+    except (KeyError, TypeError, ValueError, ImportError, OSError) as error:
+        raise BundleError(f"{loaded.directory}: {error}") from None
+    weights = WeightFile(loaded.weights)
+    adapters = {}
+    for kind in config.conditions.kinds:
+        try:
+            adapters[kind] = loras.stacked(config.transformer, weights, 1.0, lora(kind))
+        except KeyError as error:
+            raise BundleError(f"{loaded.weights}: the LoRA of {kind} lacks {error}") from None
+    make = _torch if backend == "torch" else _onnx
+    programs = make(loaded, wanted, config, text, pooled, weights, threads)
+    store = ConditionStore(budget, each)
+    worker = Worker(f"images-{loaded.manifest.name}")
+    try:
+        parts = Parts(config, programs, pieces, short, adapters, store, worker)
+    except ValueError as error:
+        raise BundleError(f"{loaded.weights}: {error}") from None
+    info = ImageModelInfo(
+        version=loaded.manifest.version,
+        backend=backend,
+        precision={long: short_name for short_name, long in PRECISIONS.items()}[wanted],
+        device="cpu",
+        license=loaded.manifest.licence,
+        multiple=config.token_pixels,
+        steps=config.sampler.steps,
+        guidance=config.sampler.guidance if config.transformer.guidance else None,
+        kinds={kind: config.conditions.role(kind) for kind in config.conditions.kinds},
+        condition_size=config.conditions.size,
+        condition_bytes=each,
+        cache_bytes=budget,
+        preview_scale=config.vae.scale // config.preview,
+        max_prompt_tokens=pieces.limit,
+        count_tokens=pieces.count,
+        **limits,
+    )
+    return EasyControlEngine(loaded.manifest.name, info, parts, slots, max_batch, step_latency)
+
+
+def architecture(values: Mapping[str, Any]) -> tuple[ImageConfig, TextConfig, PooledConfig]:
+    """The shapes in a manifest's `architecture`. Raises KeyError, TypeError, ValueError."""
+    config = ImageConfig(
+        TransformerConfig.from_dict(values["transformer"]),
+        ConditionConfig.from_dict(values["conditions"]),
+        SamplerConfig.from_dict(values["sampler"]),
+        VaeConfig.from_dict(values["vae"]),
+        values.get("preview", 1),
+    )
+    text, pooled = TextConfig.from_dict(values["text"]), PooledConfig.from_dict(values["pooled"])
+    if text.dim != config.transformer.text_dim:
+        raise ValueError(
+            f"text.dim ({text.dim}) must be transformer.text_dim ({config.transformer.text_dim})"
+        )
+    if pooled.dim != config.transformer.pooled_dim:
+        raise ValueError(
+            f"pooled.dim ({pooled.dim}) must be transformer.pooled_dim ({config.transformer.pooled_dim})"
+        )
+    return config, text, pooled
+
+
+def _limits(values: Mapping[str, Any], config: ImageConfig) -> dict[str, Any]:
+    """The manifest's `limits` as fields of `ImageModelInfo`, checked. Raises KeyError, ValueError."""
+    side = config.token_pixels
+    width, height = (int(value) for value in values["size"])
+    low, high = (int(value) for value in values["side"])
+    config.grid(width, height)
+    if low % side or high % side or not side <= low <= min(width, height) <= max(width, height) <= high:
+        raise ValueError(f"limits.side must be two multiples of {side} around limits.size, got {[low, high]}")
+    pixels = int(values["pixels"])
+    if pixels < width * height:
+        raise ValueError(f"limits.pixels must be at least {width * height}, got {pixels}")
+    steps = int(values["steps"])
+    if steps < config.sampler.steps:
+        raise ValueError(f"limits.steps must be at least sampler.steps ({config.sampler.steps}), got {steps}")
+    conditions = int(values["conditions"])
+    if conditions < 0:
+        raise ValueError(f"limits.conditions must be at least 0, got {conditions}")
+    ranges = {}
+    for name, default in (("weight", (0.0, 2.0)), ("guidance", (0.0, 30.0))):
+        first, last = (float(value) for value in values.get(name, default))
+        if not first <= last:
+            raise ValueError(f"limits.{name} must be two rising numbers, got {[first, last]}")
+        ranges[name] = first, last
+    return {
+        "size": (width, height),
+        "side_range": (low, high),
+        "max_pixels": pixels,
+        "max_steps": steps,
+        "max_conditions": conditions,
+        "weight_range": ranges["weight"],
+        "guidance_range": ranges["guidance"],
+    }
+
+
+def _onnx(
+    bundle: Bundle,
+    precision: Precision,
+    config: ImageConfig,
+    text: TextConfig,
+    pooled: PooledConfig,
+    weights: Mapping[str, Array],
+    threads: int,
+) -> ImagePrograms:
+    from realtide.engines.easycontrol import onnx_programs
+
+    graphs = PROGRAMS.map(lambda name: bundle.graph(name, precision))
+    return onnx_programs.image_programs(graphs, weights, OrtOptions(intra_op_num_threads=threads))
+
+
+def _torch(
+    bundle: Bundle,
+    precision: Precision,
+    config: ImageConfig,
+    text: TextConfig,
+    pooled: PooledConfig,
+    weights: Mapping[str, Array],
+    threads: int,
+) -> ImagePrograms:
+    import torch
+
+    from realtide.engines.easycontrol import torch_programs
+
+    torch.set_num_threads(threads)
+    made = torch_programs.loaded(config, text, pooled, weights)
+    return torch_programs.image_programs(made, config, text, pooled)

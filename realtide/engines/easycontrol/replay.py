@@ -1,0 +1,196 @@
+"""Replays golden cases and compares every tensor with the reference's (ours).
+
+What the reference caches, keys before norm and rotary embedding, is brought to what is cached here before it
+is compared. Serving never imports this.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from realtide.engines.easycontrol import loras, rotary, schedule
+from realtide.engines.easycontrol.config import (
+    ConditionConfig,
+    ImageConfig,
+    Role,
+    SamplerConfig,
+    TransformerConfig,
+    VaeConfig,
+    cache_names,
+)
+from realtide.engines.runtime.golden import Backend, CaseError, Report, difference, read_case, weights_beside
+from realtide.engines.runtime.program import Array, Program
+
+KEY = "cond_size"
+"""What the description of an EasyControl case has and no other's."""
+
+# FLUX's own, which cases do not repeat.
+_PATCH, _TEXT = 2, "prompt_embeds"
+
+
+def replay(path: Path, backend: Backend = "torch") -> Report:
+    """Replay one case.
+
+    Args:
+        path: the case; weights and LoRAs lie beside it.
+        backend: *torch*: the modules, eager; *onnxruntime*: their exported graphs (needs the extra
+            ``export``).
+
+    Raises:
+        CaseError: the file is no EasyControl case, or its weights are not beside it.
+        ProgramError: a graph could not be made or run.
+        ValueError: the case's numbers make no model.
+    """
+    case, tensors = read_case(path)
+    if KEY not in case:
+        raise CaseError(f"{path}: not an EasyControl case: it has no {KEY}")
+    config = _config(case, tensors[_TEXT].shape[1])
+    with tempfile.TemporaryDirectory(prefix="realtide-") as graphs:
+        denoise, remember, weights = _programs(path, config, backend, Path(graphs))
+        found, wanted = _play(path, case, tensors, config, denoise, remember, weights)
+    compared = {name: difference(found[name], wanted[name]) for name in sorted(found)}
+    return Report(path.name.removesuffix(".safetensors"), backend, compared)
+
+
+def _programs(
+    path: Path, config: ImageConfig, backend: Backend, directory: Path
+) -> tuple[Program, Program, dict[str, Array]]:
+    from realtide.engines.easycontrol import torch_programs
+    from realtide.engines.easycontrol.transformer import FluxTransformer
+
+    weights = weights_beside(path, FluxTransformer(config.transformer).state_dict())
+    model = torch_programs.transformer(config.transformer, weights)
+    if backend == "torch":
+        denoise = torch_programs.denoise_program(model, config)
+        return denoise, torch_programs.remember_program(model, config), weights
+    from realtide.engines.easycontrol import export
+    from realtide.engines.runtime.ort import OrtProgram
+
+    step = export.export_denoise(model, directory / "denoise.onnx")
+    condition = export.export_remember(model, config, directory / "remember.onnx")
+    return OrtProgram(step, weights, {}), OrtProgram(condition, weights, {}), weights
+
+
+def _play(
+    path: Path,
+    case: dict[str, Any],
+    tensors: dict[str, Array],
+    config: ImageConfig,
+    denoise: Program,
+    remember: Program,
+    weights: Mapping[str, Array],
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What the replay finds and what the case has, by name."""
+    model, own = config.transformer, config.condition_grid
+    grid = config.grid(case["width"], case["height"])
+    pooled = tensors["pooled_prompt_embeds"]
+    roles: list[tuple[Role, int]] = [
+        *(("subject", n) for n in range(case["n_subject"])),
+        *(("spatial", n) for n in range(case["n_spatial"])),
+    ]
+    count = config.condition_tokens
+    places, caches, wanted = [rotary.positions(grid)], [], dict(tensors)
+    for number, (role, index) in enumerate(roles):
+        where = rotary.condition_positions(role, own, grid, config.conditions.offset)
+        places.append(where)
+        table = rotary.table(model, where)
+        feeds = {
+            "latents": tensors[f"{role}_latents"][0, index * count : (index + 1) * count],
+            "sinusoids": _sinusoids(config, 0.0, case["guidance"]),
+            "pooled": pooled[0],
+            "table": table,
+        }
+        lora = _lora(path.parent / f"{case['loras'][number]}.safetensors", model, case, number)
+        caches.append(remember.run(feeds | lora))
+        for block in range(model.blocks):
+            before = tensors[f"cond_key_prenorm.{block}"][0][:, number * count : (number + 1) * count]
+            wanted[f"key.{number}.{block}"] = _finished(
+                before, table, _gain(model, weights, block), model.eps
+            )
+    found: dict[str, Array] = {
+        "img_ids": np.concatenate(places).astype(np.float32),
+        "sigmas": schedule.sigmas(config.sampler, case["steps"], grid[0] * grid[1]),
+    }
+    for number, cache in enumerate(caches):
+        found |= {f"key.{number}.{block}": cache[f"key_{block}"] for block in range(model.blocks)}
+    held = {name: np.concatenate([c[name] for c in caches], 1)[None] for name in cache_names(model)}
+    latents, velocities = tensors["noise"], []
+    levels = found["sigmas"]
+    for sigma, following in itertools.pairwise(levels):
+        feeds = {
+            "latents": latents,
+            "sinusoids": _sinusoids(config, float(sigma), case["guidance"])[None],
+            "pooled": pooled,
+            "text": tensors[_TEXT],
+            "table": rotary.image_table(model, grid),
+        }
+        velocities.append(denoise.run(feeds | held)["velocity"])
+        latents = schedule.step(latents, velocities[-1], float(sigma), float(following))
+    found["velocities"] = np.concatenate(velocities)
+    found["latents"] = latents
+    return found, wanted
+
+
+def _sinusoids(config: ImageConfig, sigma: float, guidance: float) -> Array:
+    scalars = [sigma, guidance][: config.transformer.scalars]
+    return schedule.sinusoid(scalars, config.transformer.freq_dim)
+
+
+def _gain(config: TransformerConfig, weights: Mapping[str, Array], block: int) -> Array:
+    if block < config.double_blocks:
+        return weights[f"transformer_blocks.{block}.attn.norm_k.weight"]
+    return weights[f"single_transformer_blocks.{block - config.double_blocks}.attn.norm_k.weight"]
+
+
+def _finished(keys: Array, table: Array, gain: Array, eps: float) -> Array:
+    """Keys [H, M, d] as the reference caches them, after norm and rotary embedding; in float64."""
+    wide = keys.astype(np.float64)
+    wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * gain
+    pairs = wide.reshape(*wide.shape[:-1], -1, 2)
+    cosine, sine = table[..., 0], table[..., 1]
+    turned = np.stack(
+        [pairs[..., 0] * cosine - pairs[..., 1] * sine, pairs[..., 0] * sine + pairs[..., 1] * cosine], -1
+    )
+    return turned.reshape(wide.shape)
+
+
+def _lora(path: Path, config: TransformerConfig, case: dict[str, Any], number: int) -> dict[str, Array]:
+    try:
+        weights = load_file(path)
+        scale = case["network_alpha"] / case["lora_rank"]
+        return loras.stacked(config, weights, case["lora_weights"][number] * scale)
+    except (OSError, SafetensorError) as error:
+        raise CaseError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise CaseError(f"{path}: the LoRA lacks {error}") from None
+
+
+def _config(case: dict[str, Any], text_tokens: int) -> ImageConfig:
+    model = case["model"]
+    transformer = TransformerConfig(
+        double_blocks=model["num_layers"],
+        single_blocks=model["num_single_layers"],
+        heads=model["num_attention_heads"],
+        head_dim=model["attention_head_dim"],
+        channels=model["in_channels"],
+        patch=_PATCH,
+        text_dim=model["joint_attention_dim"],
+        text_tokens=text_tokens,
+        pooled_dim=model["pooled_projection_dim"],
+        axes=tuple(model["axes_dims_rope"]),
+        guidance=model["guidance_embeds"],
+    )
+    return ImageConfig(
+        transformer,
+        ConditionConfig(size=case[KEY], rank=case["lora_rank"]),
+        SamplerConfig(steps=case["steps"], guidance=case["guidance"]),
+        VaeConfig(latent=transformer.latent),
+    )
