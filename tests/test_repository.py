@@ -14,7 +14,7 @@ import pytest
 
 import realtide
 import realtide_client
-from realtide_client.v1 import common_pb2, models_pb2, speech_pb2, video_pb2
+from realtide_client.v1 import common_pb2, image_pb2, models_pb2, speech_pb2, video_pb2
 from tools import generate_stubs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,12 +88,13 @@ def test_every_stream_follows_one_grammar() -> None:
     }
     streams = [
         method
-        for file in (common_pb2, models_pb2, speech_pb2, video_pb2)
+        for file in (common_pb2, image_pb2, models_pb2, speech_pb2, video_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
         if method.client_streaming
     ]
     assert [method.full_name for method in streams] == [
+        "realtide.v1.Image.Stream",
         "realtide.v1.Speech.Stream",
         "realtide.v1.Video.Stream",
     ]
@@ -118,7 +119,8 @@ def test_server_and_client_have_one_version() -> None:
 def test_the_extras_are_there_and_serving_depends_on_no_framework() -> None:
     table = project(ROOT)
     assert set(table["optional-dependencies"]) == {
-        "cpu", "gpu", "export", "train", "dev", "ops", "mic", "torchaudio", "trt", "trt-rtx", "synthesis"
+        "cpu", "gpu", "export", "train", "dev", "images", "ops", "mic", "torchaudio", "trt", "trt-rtx",
+        "synthesis",
     }  # fmt: skip
     served = [*table["dependencies"], *table["optional-dependencies"]["cpu"]]
     assert not [line for line in served if re.match(r"torch|tensorrt|onnxscript|scipy", line)]

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 import realtide
-from realtide.server import logs, models, models_service, speech_service, tls, video_service
+from realtide.server import image_service, logs, models, models_service, speech_service, tls, video_service
 from realtide.server.access import Access, AccessInterceptor
 from realtide.server.config import ConfigError, ServerConfig
 from realtide.server.health import HealthReporter
@@ -30,7 +30,7 @@ from realtide.server.interceptor import MetricsInterceptor
 from realtide.server.loading import load_engines
 from realtide.server.metrics import Metrics
 from realtide.server.models import AnyEngine
-from realtide_client.v1 import models_pb2_grpc, speech_pb2_grpc, video_pb2_grpc
+from realtide_client.v1 import image_pb2_grpc, models_pb2_grpc, speech_pb2_grpc, video_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +182,7 @@ class Server:
         )
         speech_pb2_grpc.add_SpeechServicer_to_server(speech_service.SpeechService(self.host), self._grpc)
         video_pb2_grpc.add_VideoServicer_to_server(video_service.VideoService(self.host), self._grpc)
+        image_pb2_grpc.add_ImageServicer_to_server(image_service.ImageService(self.host), self._grpc)
         models_pb2_grpc.add_ModelsServicer_to_server(models_service.ModelsService(self.host), self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._grpc)
         if config.admin_port is None:
@@ -319,6 +320,7 @@ async def _measure_lag(metrics: Metrics) -> None:
 _SERVICES = (
     speech_service.SERVICE,
     video_service.SERVICE,
+    image_service.SERVICE,
     models_service.SERVICE,
     "grpc.health.v1.Health",
     reflection.SERVICE_NAME,

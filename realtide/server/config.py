@@ -54,6 +54,9 @@ class ModelConfig(BaseModel):
     resident: int | None = Field(
         None, ge=1, le=4096, description="Video sessions whose caches are in memory; further ones are parked."
     )
+    cache_bytes: int | None = Field(
+        None, ge=1 << 16, le=1 << 44, description="Budget of the condition cache of an image model."
+    )
 
 
 class ServerConfig(BaseModel):
@@ -112,6 +115,13 @@ class ServerConfig(BaseModel):
         description="Video sessions of a model whose caches are in memory; if more are open, idle ones are "
         "parked. None: all.",
     )
+    image_cache_bytes: int | None = Field(
+        None,
+        ge=1 << 16,
+        le=1 << 44,
+        description="Budget of the condition cache of an image model; None: 256 MiB, or the conditions of "
+        "one image if they are more.",
+    )
     max_batch: int | None = Field(
         None, ge=1, le=4096, description="Most sessions a step advances; None: all slots."
     )
@@ -157,7 +167,15 @@ class ServerConfig(BaseModel):
     )
     max_phrases: int = Field(1000, ge=0, le=100_000, description="Most boosted phrases of a session.")
     max_phrase_characters: int = Field(100, ge=1, le=10_000, description="Longest boosted phrase.")
-    max_prompt_characters: int = Field(2000, ge=1, le=100_000, description="Longest prompt of a video.")
+    max_prompt_characters: int = Field(
+        2000, ge=1, le=100_000, description="Longest prompt of a video or image."
+    )
+    max_upload_pixels: int = Field(
+        1 << 24, ge=1, le=1 << 30, description="Most pixels of an uploaded condition image."
+    )
+    max_session_conditions: int = Field(
+        16, ge=0, le=4096, description="Conditions that an image session may have uploaded at once."
+    )
     max_video_credit: float = Field(
         20.0, ge=1.0, le=3600.0, description="Seconds of video that a credit may be ahead of what was sent."
     )

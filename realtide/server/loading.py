@@ -14,10 +14,16 @@ from realtide.server.config import ConfigError, ModelConfig, ServerConfig
 from realtide.server.models import AnyEngine
 
 # Engine name in the manifest -> module with `load(bundle, *, slots, max_batch, precision, threads,
-# step_latency)`; those of _LARGE also take `resident`.
-ENGINES = {"ancat": "realtide.engines.ancat.engine", "longlive": "realtide.engines.longlive.engine"}
+# step_latency)`; those of _LARGE also take `resident`, those of _CACHED `cache_bytes`.
+ENGINES = {
+    "ancat": "realtide.engines.ancat.engine",
+    "longlive": "realtide.engines.longlive.engine",
+    "easycontrol": "realtide.engines.easycontrol.engine",
+}
 # Engines whose sessions are so large that a model has `video_slots` instead of `slots`.
 _LARGE = ("longlive",)
+# Engines with a cache of conditions, of which executors get a share each.
+_CACHED = ("easycontrol",)
 
 
 def load_engines(model: ModelConfig, config: ServerConfig) -> list[AnyEngine]:
@@ -39,7 +45,10 @@ def _load(bundle: Path, model: ModelConfig, config: ServerConfig) -> list[AnyEng
     executors = min(model.executors or config.executors, slots)
     shares = [slots // executors + (index < slots % executors) for index in range(executors)]
     resident = model.resident or config.video_resident
-    more = {"resident": resident and -(-resident // executors)} if name in _LARGE else {}
+    more: dict[str, Any] = {"resident": resident and -(-resident // executors)} if name in _LARGE else {}
+    if name in _CACHED:
+        budget = model.cache_bytes or config.image_cache_bytes
+        more["cache_bytes"] = budget and budget // executors
     return [
         load(
             bundle,

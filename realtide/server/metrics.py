@@ -75,6 +75,7 @@ _DURATION = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 _BYTES = tuple(float(1 << power) for power in range(10, 27, 2))
 _RESUME = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _RECACHE = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2.5, 5, 10)
+_IMAGE = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 60, 120)
 _LAG = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1)
 _CALL = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
@@ -212,6 +213,13 @@ class Metrics:
             "prompt_switch_seconds", "From a prompt wanted now to the first frame that shows it.", _FIRST
         )
         self.recache = histogram("recache_seconds", "Making a cache follow a new prompt.", _RECACHE)
+        self.images = counter("images", "Images made.")
+        self.first_preview = histogram(
+            "first_preview_seconds", "From the request of an image to its first preview.", _IMAGE
+        )
+        self.image_time = histogram("image_seconds", "From the request of an image to the image.", _IMAGE)
+        self.condition_hits = counter("condition_cache_hits", "Conditions of images that were in the cache.")
+        self.condition_misses = counter("condition_cache_misses", "Conditions of images that were computed.")
         self.model_load = gauge("model_load_seconds", "Time that loading the model took.")
         self.model_info = gauge("model_info", "1.", "version", "backend", "precision", "device")
         self.build_info = Gauge("realtide_build_info", "1.", ("version", "python"), registry=self.registry)
@@ -316,6 +324,16 @@ class ModelMetrics:
     def frames(self, stage: str, count: int) -> None:
         """Frames of video passed `stage`, one of FRAME_STAGES."""
         self.metrics.frames.labels(self.engine, self.model, stage).inc(count)
+
+    def image(self, seconds: float) -> None:
+        """An image was sent, so many seconds after it was asked for."""
+        self.metrics.images.labels(self.engine, self.model).inc()
+        self.observe(self.metrics.image_time, seconds)
+
+    def conditions(self, hits: int, misses: int) -> None:
+        """So many conditions of an image were in the cache, and so many were not."""
+        self.metrics.condition_hits.labels(self.engine, self.model).inc(hits)
+        self.metrics.condition_misses.labels(self.engine, self.model).inc(misses)
 
     def on_stage(self, stage: str, seconds: float, batch: int) -> None:
         """Executor: a stage of a step took `seconds`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Protocol, TypeVar
 
+from realtide.engines.easycontrol.types import ImageModelInfo
 from realtide.engines.engine import Engine, Session
 from realtide.engines.longlive.types import VideoModelInfo
 from realtide.server.admission import Admission, Lease, Refused
@@ -127,7 +128,16 @@ class VideoEngine(Engine, Protocol):
         ...
 
 
-AnyEngine = SpeechEngine | VideoEngine
+class ImageEngine(Engine, Protocol):
+    """An engine that serves Image.Stream with inputs and events of `realtide.engines.easycontrol.types`."""
+
+    @property
+    def info(self) -> ImageModelInfo:
+        """What is known of the model."""
+        ...
+
+
+AnyEngine = SpeechEngine | VideoEngine | ImageEngine
 
 
 class ServedModel:
@@ -291,19 +301,48 @@ class VideoModel(ServedModel):
         return replace(super().occupancy(), frame_rates=self.rates.read())
 
 
+class ImageModel(ServedModel):
+    """A model that makes images."""
+
+    kind = "image"
+
+    def __init__(
+        self,
+        engines: Sequence[ImageEngine],
+        config: ServerConfig,
+        metrics: Metrics,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._info = engines[0].info
+        # An event may be a raw image: what counts is their memory.
+        image = 3 * self._info.max_pixels
+        events = min(max(config.max_pending_frame_bytes // image, _LEAST_EVENTS), config.max_pending_events)
+        super().__init__(engines, self._info, config, metrics, events, on_change)
+
+    @property
+    def info(self) -> ImageModelInfo:
+        """What is known of the model."""
+        return self._info
+
+
 def serve(
     engines: Sequence[AnyEngine], config: ServerConfig, metrics: Metrics, on_change: Callable[[], None]
 ) -> ServedModel:
     """The model of `engines`, which are alike, as its kind is served."""
     video: list[VideoEngine] = []
+    images: list[ImageEngine] = []
     speech: list[SpeechEngine] = []
     for engine in engines:
         if isinstance(engine.info, VideoModelInfo):
             video.append(engine)
+        elif isinstance(engine.info, ImageModelInfo):
+            images.append(engine)
         else:
             speech.append(engine)
     if video:
         return VideoModel(video, config, metrics, on_change)
+    if images:
+        return ImageModel(images, config, metrics, on_change)
     return SpeechModel(speech, config, metrics, on_change)
 
 

@@ -6,15 +6,16 @@ from typing import Any
 
 import grpc
 
+from realtide.engines.easycontrol.types import ImageModelInfo
 from realtide.engines.longlive.types import VideoModelInfo
-from realtide.server import speech_fields, video_fields
+from realtide.server import image_fields, speech_fields, video_fields
 from realtide.server.audio import BYTES
 from realtide.server.host import Host
-from realtide.server.models import ServedModel, SpeechInfo, SpeechModel, VideoModel
+from realtide.server.models import ImageModel, ServedModel, SpeechInfo, SpeechModel, VideoModel
 from realtide.server.sessions import limits
 from realtide.server.status import StatusError, invalid, no_model
+from realtide_client.v1 import image_pb2, models_pb2_grpc, speech_pb2, video_pb2
 from realtide_client.v1 import models_pb2 as pb
-from realtide_client.v1 import models_pb2_grpc, speech_pb2, video_pb2
 
 SERVICE = "realtide.v1.Models"
 
@@ -76,6 +77,8 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
             described.speech.CopyFrom(self._speech(model.info))
         if isinstance(model, VideoModel):
             described.video.CopyFrom(self._video(model.info))
+        if isinstance(model, ImageModel):
+            described.image.CopyFrom(self._image(model.info))
         return described
 
     def _speech(self, info: SpeechInfo) -> pb.SpeechModel:
@@ -101,4 +104,20 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
             first_block_frames=info.first_block,
             session_bytes=info.session_bytes,
             limits=fields.limits(info.frames_per_second),
+        )
+
+    def _image(self, info: ImageModelInfo) -> pb.ImageModel:
+        roles = {"spatial": pb.CONDITION_ROLE_SPATIAL, "subject": pb.CONDITION_ROLE_SUBJECT}
+        return pb.ImageModel(
+            width=info.size[0],
+            height=info.size[1],
+            encodings=[image_pb2.ImageEncoding.ValueType(encoding) for encoding in image_fields.ENCODINGS],
+            steps=info.steps,
+            guidance=info.guidance,
+            kinds=[pb.ConditionKind(name=name, role=roles[role]) for name, role in info.kinds.items()],
+            condition_size=info.condition_size,
+            condition_bytes=info.condition_bytes,
+            cache_bytes=info.cache_bytes,
+            preview_scale=info.preview_scale,
+            limits=image_fields.Fields(info, self._host.config).limits(),
         )

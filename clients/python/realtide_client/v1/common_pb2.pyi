@@ -15,7 +15,7 @@ The grammar that every bidirectional stream of Realtide follows.
    ends the stream with INVALID_ARGUMENT. A second `open` or `resume` does so too.
 2. A control carries a `control_id` chosen by the client and gets two receipts: `accepted` and `applied`.
 3. Media carries its position. Positions count media units of the stream from 0: samples per channel for audio,
-   frames for video. Results carry a `Timing`, from which the client can compute latency itself.
+   frames for video, images for images. Results carry a `Timing`, from which the client can compute latency itself.
 4. Flow control: a server that generates media goes no further than the client's `Credit`; a server that consumes
    media (speech) reads no further than its bound ahead of real time, and gRPC's own flow control then slows the
    client. A slow reader slows its own session and nobody else's.
@@ -315,8 +315,8 @@ Global___Finish: _TypeAlias = Finish  # noqa: Y015
 
 @_typing.final
 class Credit(_message.Message):
-    """Up to where the client can take generated media. Only streams whose server generates media (video, image) have it;
-    the server generates no further ahead.
+    """Up to where the client can take generated media. Only streams whose server generates media by itself (video) have it;
+    the server generates no further ahead. Images are asked for one by one.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from . import common_pb2 as _common_pb2
+from . import image_pb2 as _image_pb2
 from . import speech_pb2 as _speech_pb2
 from . import video_pb2 as _video_pb2
 import builtins as _builtins
@@ -53,6 +54,30 @@ MODEL_STATE_DRAINING: ModelState.ValueType  # 3
 MODEL_STATE_FAILED: ModelState.ValueType  # 4
 """Failed to load, or failed while it ran."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
+
+class _ConditionRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConditionRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ConditionRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONDITION_ROLE_UNSPECIFIED: _ConditionRole.ValueType  # 0
+    """Unknown to the client."""
+    CONDITION_ROLE_SPATIAL: _ConditionRole.ValueType  # 1
+    """It lies on the image: edges, depth, a pose."""
+    CONDITION_ROLE_SUBJECT: _ConditionRole.ValueType  # 2
+    """It says what is shown and not where."""
+
+class ConditionRole(_ConditionRole, metaclass=_ConditionRoleEnumTypeWrapper):
+    """What the positions of a condition mean."""
+
+CONDITION_ROLE_UNSPECIFIED: ConditionRole.ValueType  # 0
+"""Unknown to the client."""
+CONDITION_ROLE_SPATIAL: ConditionRole.ValueType  # 1
+"""It lies on the image: edges, depth, a pose."""
+CONDITION_ROLE_SUBJECT: ConditionRole.ValueType  # 2
+"""It says what is shown and not where."""
+Global___ConditionRole: _TypeAlias = ConditionRole  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
@@ -159,6 +184,7 @@ class Model(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     SPEECH_FIELD_NUMBER: _builtins.int
     VIDEO_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, as used in SessionOptions."""
     version: _builtins.str
@@ -191,6 +217,10 @@ class Model(_message.Message):
     def video(self) -> Global___VideoModel:
         """Serves Video.Stream."""
 
+    @_builtins.property
+    def image(self) -> Global___ImageModel:
+        """Serves Image.Stream."""
+
     def __init__(
         self,
         *,
@@ -206,12 +236,13 @@ class Model(_message.Message):
         limits: _common_pb2.Limits | None = ...,
         speech: Global___SpeechModel | None = ...,
         video: Global___VideoModel | None = ...,
+        image: Global___ImageModel | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "kind", b"kind", "limits", b"limits", "speech", b"speech", "video", b"video"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "image", b"image", "kind", b"kind", "limits", b"limits", "speech", b"speech", "video", b"video"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "capacity", b"capacity", "device", b"device", "engine", b"engine", "kind", b"kind", "license", b"license", "limits", b"limits", "name", b"name", "precision", b"precision", "speech", b"speech", "state", b"state", "version", b"version", "video", b"video"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "capacity", b"capacity", "device", b"device", "engine", b"engine", "image", b"image", "kind", b"kind", "license", b"license", "limits", b"limits", "name", b"name", "precision", b"precision", "speech", b"speech", "state", b"state", "version", b"version", "video", b"video"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["speech", "video"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["speech", "video", "image"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -390,3 +421,99 @@ class VideoSize(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VideoSize: _TypeAlias = VideoSize  # noqa: Y015
+
+@_typing.final
+class ImageModel(_message.Message):
+    """What is particular to image models."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    ENCODINGS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    GUIDANCE_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    CONDITION_SIZE_FIELD_NUMBER: _builtins.int
+    CONDITION_BYTES_FIELD_NUMBER: _builtins.int
+    CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    PREVIEW_SCALE_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    width: _builtins.int
+    """Width by default, in pixels."""
+    height: _builtins.int
+    """Height by default, in pixels."""
+    steps: _builtins.int
+    """Steps by default."""
+    guidance: _builtins.float
+    """Guidance scale by default; unset: the model takes none."""
+    condition_size: _builtins.int
+    """Width and height that condition images are brought to, in pixels."""
+    condition_bytes: _builtins.int
+    """Memory of one condition in the cache, in bytes."""
+    cache_bytes: _builtins.int
+    """Budget of the cache, in bytes."""
+    preview_scale: _builtins.int
+    """Pixels of an image to one of its preview, each way."""
+    @_builtins.property
+    def encodings(self) -> _containers.RepeatedScalarFieldContainer[_image_pb2.ImageEncoding.ValueType]:
+        """Encodings that are accepted."""
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConditionKind]:
+        """Kinds of conditions."""
+
+    @_builtins.property
+    def limits(self) -> _image_pb2.ImageLimits:
+        """Ranges of the options."""
+
+    def __init__(
+        self,
+        *,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+        encodings: _abc.Iterable[_image_pb2.ImageEncoding.ValueType] | None = ...,
+        steps: _builtins.int = ...,
+        guidance: _builtins.float | None = ...,
+        kinds: _abc.Iterable[Global___ConditionKind] | None = ...,
+        condition_size: _builtins.int = ...,
+        condition_bytes: _builtins.int = ...,
+        cache_bytes: _builtins.int = ...,
+        preview_scale: _builtins.int = ...,
+        limits: _image_pb2.ImageLimits | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance", b"_guidance", "guidance", b"guidance", "limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance", b"_guidance", "cache_bytes", b"cache_bytes", "condition_bytes", b"condition_bytes", "condition_size", b"condition_size", "encodings", b"encodings", "guidance", b"guidance", "height", b"height", "kinds", b"kinds", "limits", b"limits", "preview_scale", b"preview_scale", "steps", b"steps", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance: _TypeAlias = _typing.Literal["guidance"]  # noqa: Y015
+    _WhichOneofArgType__guidance: _TypeAlias = _typing.Literal["_guidance", b"_guidance"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance) -> _WhichOneofReturnType__guidance | None: ...
+
+Global___ImageModel: _TypeAlias = ImageModel  # noqa: Y015
+
+@_typing.final
+class ConditionKind(_message.Message):
+    """A kind of condition."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name, for `ConditionUpload.kind`."""
+    role: Global___ConditionRole.ValueType
+    """What its positions mean."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        role: Global___ConditionRole.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConditionKind: _TypeAlias = ConditionKind  # noqa: Y015
