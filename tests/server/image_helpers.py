@@ -42,7 +42,8 @@ class Images(Live):
 async def serving(small: Small | None = None, **settings: Any) -> AsyncIterator[Images]:
     """Start a server around a small engine."""
     small = small or Small()
-    async with connected([small.engine], **settings) as (server, channel):
+    engine: Any = small.engine
+    async with connected([engine], **settings) as (server, channel):
         yield Images(server, small.engine, channel)
 
 

@@ -204,7 +204,8 @@ async def test_periodic_checkpoints_count_images() -> None:
         for number in range(3):
             await call.write(wanting(str(number), steps=1))
         saved = await until_kind(call, "checkpoint")
-        assert (saved.position, saved.request_id) == (2, "")
+        assert saved.position in (2, 3)  # a third one may have been quicker than the export
+        assert not saved.request_id
         await call.write(finishing())
         await responses(call)
 

@@ -16,8 +16,11 @@ from realtide.engines.ancat.types import EndpointEvent, Final, Partial, Word
 from realtide.server.metrics import Metrics
 from realtide.server.speech_meter import SpeechMeter
 from realtide_client.v1 import common_pb2, models_pb2, models_pb2_grpc
+from tests.engines.easycontrol.small import Small
 from tests.server.engine import BurstEngine, pcm16, quiet, tone
 from tests.server.helpers import Request, audio, failure, finish, opening, responses, running, until
+from tests.server.image_helpers import Images, upload, wanting
+from tests.server.image_helpers import finishing as no_more
 from tests.server.video_engine import ClipEngine
 from tests.server.video_helpers import Clips, clips, credit, finishing, prompting, until_frame
 
@@ -71,10 +74,21 @@ async def film(server: Clips) -> None:
     await responses(call)
 
 
+async def draw(server: Any) -> None:
+    """The same for images: one with a condition and a preview."""
+    call = await Images(server.server, None, server.channel).opened()
+    await call.write(upload())
+    await call.write(wanting("one", ("sketch", None), preview_interval=1))
+    await call.write(no_more())
+    await responses(call)
+
+
 async def test_the_documented_metrics_are_the_exposed_ones() -> None:
-    async with running(more=[ClipEngine()], metrics_enabled=True) as server:
+    images: Any = Small().engine
+    async with running(more=[ClipEngine(), images], metrics_enabled=True) as server:
         server.server.metrics.model_load.labels("bursts-engine", "bursts").set(0.1)
         await busy(server)
+        await draw(server)
         await until(lambda: server.metric("realtide_sessions_closed_total", outcome="ok") == 2)
         text = await asyncio.to_thread(server.exposition)
     exposed: dict[str, tuple[str, set[str]]] = {}
