@@ -1,4 +1,4 @@
-"""Client of the Realtide server: live speech recognition and video generation over gRPC.
+"""Client of the Realtide server: live speech recognition, video and images over gRPC.
 
 `connect` gives the asyncio client; `realtide_client.sync.connect` the same without asyncio.
 """
@@ -18,6 +18,19 @@ from realtide_client.errors import (
     StreamClosed,
     StreamLost,
     Unavailable,
+)
+from realtide_client.image import ImageStream
+from realtide_client.image_types import (
+    Condition,
+    ConditionsReady,
+    Image,
+    ImageCancelled,
+    ImageEncoding,
+    ImageEvent,
+    ImageInfo,
+    ImageOptions,
+    Preview,
+    Progress,
 )
 from realtide_client.receipts import Control
 from realtide_client.retry import RetryPolicy
@@ -60,6 +73,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointRefused",
     "Client",
+    "Condition",
+    "ConditionsReady",
     "Control",
     "Encoding",
     "Endpoint",
@@ -68,10 +83,19 @@ __all__ = [
     "Final",
     "Frames",
     "IdleTimeout",
+    "Image",
+    "ImageCancelled",
+    "ImageEncoding",
+    "ImageEvent",
+    "ImageInfo",
+    "ImageOptions",
+    "ImageStream",
     "InvalidRequest",
     "NotFound",
     "Partial",
     "PhraseBoost",
+    "Preview",
+    "Progress",
     "PromptApplied",
     "RealtideError",
     "ResourceExhausted",

@@ -10,8 +10,10 @@ from typing import Any, Self
 import grpc
 
 from realtide_client import errors
+from realtide_client import image_types as i
 from realtide_client import types as t
 from realtide_client import video_types as v
+from realtide_client.image import ImageStream
 from realtide_client.link import Metadata, Target
 from realtide_client.retry import RetryPolicy
 from realtide_client.stream import SpeechStream
@@ -110,6 +112,38 @@ class Client:
             open_timeout=open_timeout,
             checkpoint_interval_ms=checkpoint_interval_ms,
             buffer_seconds=buffer_seconds,
+        )
+
+    def image(
+        self,
+        options: i.ImageOptions | None = None,
+        *,
+        resume: t.Checkpoint | None = None,
+        retry: RetryPolicy | None = None,
+        open_timeout: float = 30.0,
+        checkpoint_every: int = 1,
+        **choices: Any,
+    ) -> ImageStream:
+        """An image session, to be used with `async with`: any number of images, one after the other.
+
+        Args:
+            options: The session's choices.
+            resume: A checkpoint to continue from; its choices hold, the encoding too.
+            retry: When to connect again; `RetryPolicy(max_retries=0)`: never.
+            open_timeout: Seconds to wait for the server's first message.
+            checkpoint_every: Images between checkpoints.
+            **choices: Fields of ImageOptions, as a shorthand: `client.image(encoding="jpeg")`.
+
+        Raises:
+            ValueError: An encoding that there is not, or a value that does not fit its field at all.
+        """
+        return ImageStream(
+            self._target,
+            replace(options or i.ImageOptions(), **choices),
+            resume=resume,
+            retry=retry,
+            open_timeout=open_timeout,
+            checkpoint_every=checkpoint_every,
         )
 
     async def models(self, timeout: float = 10.0) -> list[models_pb2.Model]:

@@ -13,14 +13,16 @@ import grpc
 from realtide_client import errors
 from realtide_client.v1 import (
     common_pb2,
+    image_pb2,
+    image_pb2_grpc,
     speech_pb2,
     speech_pb2_grpc,
     video_pb2,
     video_pb2_grpc,
 )
 
-Request = speech_pb2.SpeechStreamRequest | video_pb2.VideoStreamRequest
-Response = speech_pb2.SpeechStreamResponse | video_pb2.VideoStreamResponse
+Request = speech_pb2.SpeechStreamRequest | video_pb2.VideoStreamRequest | image_pb2.ImageStreamRequest
+Response = speech_pb2.SpeechStreamResponse | video_pb2.VideoStreamResponse | image_pb2.ImageStreamResponse
 Metadata = Sequence[tuple[str, str | bytes]]
 
 _Status = tuple[grpc.StatusCode, str, Any]
@@ -73,13 +75,18 @@ class Kind:
     name: str
     stub: Callable[[grpc.aio.Channel], Any]
     request: Callable[..., Request]
-    response: type[speech_pb2.SpeechStreamResponse] | type[video_pb2.VideoStreamResponse]
+    response: (
+        type[speech_pb2.SpeechStreamResponse]
+        | type[video_pb2.VideoStreamResponse]
+        | type[image_pb2.ImageStreamResponse]
+    )
 
 
 SPEECH = Kind(
     "speech", speech_pb2_grpc.SpeechStub, speech_pb2.SpeechStreamRequest, speech_pb2.SpeechStreamResponse
 )
 VIDEO = Kind("video", video_pb2_grpc.VideoStub, video_pb2.VideoStreamRequest, video_pb2.VideoStreamResponse)
+IMAGE = Kind("image", image_pb2_grpc.ImageStub, image_pb2.ImageStreamRequest, image_pb2.ImageStreamResponse)
 
 
 class Link:

@@ -8,7 +8,8 @@ from collections.abc import Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from realtide_client import client, errors, receipts, session, stream, video
+from realtide_client import client, errors, image, receipts, session, stream, video
+from realtide_client import image_types as i
 from realtide_client import types as t
 from realtide_client import video_types as v
 from realtide_client.audio import Samples
@@ -223,6 +224,26 @@ class VideoStream(_Stream[v.VideoEvent, v.VideoInfo]):
         self._loop.wait(self._inner.grant(position))
 
 
+class ImageStream(_Stream[i.ImageEvent, i.ImageInfo]):
+    """An image session; see `realtide_client.ImageStream`. Its methods may be called from any thread."""
+
+    def __init__(self, loop: _Loop, inner: image.ImageStream) -> None:
+        super().__init__(loop, inner)
+        self._inner = inner
+
+    def condition(self, kind: str, data: bytes) -> i.Condition:
+        """Give the server an image to guide others."""
+        return self._loop.wait(self._inner.condition(kind, data))
+
+    def generate(self, prompt: str, **choices: Any) -> Control:
+        """Ask for an image; takes what `realtide_client.ImageStream.generate` takes."""
+        return self._control(self._inner.generate(prompt, **choices))
+
+    def cancel(self, request: Control) -> Control:
+        """Call an image off."""
+        return self._control(self._inner.cancel(request._control))
+
+
 class Client:
     """A server; see `realtide_client.Client`. Close it to stop its thread."""
 
@@ -251,6 +272,10 @@ class Client:
     def video(self, options: v.VideoOptions | None = None, **choices: Any) -> VideoStream:
         """A video session, to be used with `with`; takes what `realtide_client.Client.video` takes."""
         return VideoStream(self._loop, self._inner.video(options, **choices))
+
+    def image(self, options: i.ImageOptions | None = None, **choices: Any) -> ImageStream:
+        """An image session, to be used with `with`; takes what `realtide_client.Client.image` takes."""
+        return ImageStream(self._loop, self._inner.image(options, **choices))
 
     def models(self, timeout: float = 10.0) -> list[models_pb2.Model]:
         """Every model of the server. Raises RealtideError."""
