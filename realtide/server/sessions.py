@@ -44,6 +44,8 @@ _AGES = (0.9, 1.1)
 # Longest wait, in seconds, for a client to take the checkpoint that it gets when the drain's deadline has
 # come.
 _LAST_CHECKPOINT = 1.0
+# Longest wait, in seconds, for a client that has got everything to close its side.
+_LINGER = 0.5
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # missing in the stubs
 _OUTCOMES = {grpc.StatusCode.INTERNAL: "server_error", grpc.StatusCode.UNAVAILABLE: "drained"}
 
@@ -390,6 +392,10 @@ class StreamSession(ABC):
                     reader.result()  # raises what was wrong with the input
                     waiting.discard(reader)
             writer.result()
+            handle.close()
+            # If the server ends a call whose client may still write, gRPC resets the stream after its status;
+            # some balancers (HAProxy 2.6) then drop what they have not handed on yet.
+            await asyncio.wait({reader}, timeout=_LINGER)
         finally:
             await _cancelled(reader, writer)
 

@@ -40,6 +40,7 @@ class Script:
     checkpoint_every: int = 6  # frames; 0: never
     drop_before_receipts: bool = False  # UNAVAILABLE instead of the first control's receipts
     drop_after_last: bool = False  # UNAVAILABLE once, instead of OK
+    linger: bool = False  # the end waits for the client's
     initialization: dict[int, bytes] = field(default_factory=dict)  # of H.264, by connection
     refuse: int = 0  # so many first calls are refused
 
@@ -107,6 +108,7 @@ class ScriptedVideo(video_pb2_grpc.VideoServicer, models_pb2_grpc.ModelsServicer
         self.credits: list[list[int]] = []  # by call
         self.controls: list[list[video_pb2.VideoControl]] = []  # by call
         self.asked: list[str] = []
+        self.half_closed: list[int] = []  # calls whose client has closed its side
         self.ended: list[str] = []
         self.open_calls: dict[int, Call] = {}
         self.sent: list[int] = []  # by call
@@ -189,9 +191,9 @@ class ScriptedVideo(video_pb2_grpc.VideoServicer, models_pb2_grpc.ModelsServicer
             if problem is not None:
                 call.error = (grpc.StatusCode.INVALID_ARGUMENT, *problem)
             call.changed.set()
-        if not call.finished:
-            call.error = (grpc.StatusCode.CANCELLED, "", "")
-            call.changed.set()
+        self.half_closed.append(call.number)
+        call.finished = True  # as the real one takes it
+        call.changed.set()
 
     def _take(self, state: State, call: Call, request: Any) -> tuple[str, str] | None:
         if call.finished:
@@ -257,8 +259,6 @@ class ScriptedVideo(video_pb2_grpc.VideoServicer, models_pb2_grpc.ModelsServicer
                 code, name, description = call.error
                 if code is grpc.StatusCode.INVALID_ARGUMENT:
                     await self._invalid(context, name, description)
-                if code is grpc.StatusCode.CANCELLED:
-                    raise asyncio.CancelledError
                 await context.abort(code, name)
             while call.out:
                 yield call.out.pop(0)
@@ -273,6 +273,10 @@ class ScriptedVideo(video_pb2_grpc.VideoServicer, models_pb2_grpc.ModelsServicer
                     if self.script.drop_after_last:
                         self.script.drop_after_last = False
                         await context.abort(grpc.StatusCode.UNAVAILABLE, "dropped by the script")
+                    if self.script.linger:
+                        async with asyncio.timeout(10):
+                            while call.number not in self.half_closed:
+                                await asyncio.sleep(0.005)
                     return
                 call.changed.clear()
                 await call.changed.wait()

@@ -84,6 +84,7 @@ def test_every_status_has_its_exception(code: grpc.StatusCode, kind: type[rt.Rea
     error = from_status(code, "why", ())
     assert type(error) is kind
     assert (error.code, str(error)) == (code, "why")
+    assert error.reconnectable == (code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED))
 
 
 def test_rich_details_are_parsed_and_damaged_ones_left_out() -> None:

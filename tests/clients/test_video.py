@@ -87,6 +87,14 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+async def test_whoever_has_everything_closes_its_side(serve: Serve) -> None:
+    """So that the server can end the call without gRPC's resetting the stream after it."""
+    address, servicer = await serve(Script(linger=True))
+    async with rt.connect(address) as client, client.video(prompt="a", seed=5, length_frames=20) as stream:
+        await take(stream)
+        assert servicer.half_closed == [0]
+
+
 async def test_every_frame_comes_once_with_its_pixels_and_what_was_negotiated(serve: Serve) -> None:
     address, servicer = await serve(Script())
     async with rt.connect(address) as client, client.video(prompt="a", seed=5, length_frames=20) as stream:

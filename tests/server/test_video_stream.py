@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from realtide.server import sessions
 from realtide.server.checkpoint import seal, unseal
 from realtide_client.v1 import common_pb2, video_pb2
 from tests.server.helpers import failure, responses, until, violation
@@ -202,6 +203,17 @@ async def test_a_credit_again_is_a_sign_of_life_and_no_more() -> None:
         # The engine asserts that no such credit reaches it.
         call.cancel()
         await server.all_free()
+
+
+async def test_the_end_waits_a_little_for_the_clients_without_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "_LINGER", 3600.0)
+    async with clips() as server:
+        call = await server.opened(credit=10, length_frames=5)
+        await until_frame(call, 5)
+        await server.all_free()
+        assert not call.done()
+        await call.done_writing()
+        await responses(call)
 
 
 async def test_length_ends_the_stream_whatever_the_credit() -> None:

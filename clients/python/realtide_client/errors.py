@@ -85,7 +85,13 @@ class Unavailable(RealtideError):
 
 
 class Cancelled(RealtideError):
-    """CANCELLED: the call was cancelled on the way."""
+    """CANCELLED: the call was cancelled on the way.
+
+    Not by the server, which has no such answer: by what stands between, or because the server's connections
+    closed in the moment in which the call was begun.
+    """
+
+    reconnectable = True
 
 
 class ServerError(RealtideError):

@@ -34,6 +34,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # Channels do not share connections: a new channel may reach another replica behind the same address.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.max_receive_message_length", 64 << 20),
+    # A network that is cut says nothing: only an answer that does not come tells.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
 )
 
 
@@ -136,6 +139,13 @@ class Link:
         """Send the end of the input."""
         self.finished = True
         if await self.write(self._kind.request(finish=common_pb2.Finish())):
+            with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                await self._call.done_writing()
+
+    async def half_close(self) -> None:
+        """Say that nothing more will be sent: everything has come. Idempotent."""
+        if not self.finished:
+            self.finished = True
             with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
                 await self._call.done_writing()
 

@@ -384,6 +384,8 @@ class Session(ABC, Generic[Item, Info]):
                     self._on_checkpoint(response.going_away.checkpoint)
                 return _Ended.GOING_AWAY
             await self._on_response(response)
+            if self._complete():
+                await link.half_close()
 
     async def _on_response(self, response: Response) -> None:
         arrived = time.monotonic()
