@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _LAG_INTERVAL = 0.05
 _SWITCH_INTERVAL = 0.0005
 _DRAIN_POLL = 0.02
+_LONG = 1e6
 # Time in milliseconds that a connection has for its handshake, and that it may stay without a call.
 _HANDSHAKE, _IDLE_CONNECTION = 10_000, 600_000
 
@@ -233,15 +234,16 @@ class Server:
         self.drain()
         loop = asyncio.get_running_loop()
         end = (self.host.drain_until or loop.time()) + self.config.grace_seconds
-        # Streams that exist go on, those of health's watchers too; new connections are refused.
-        stopping = asyncio.ensure_future(self._grpc.stop(max(end - loop.time(), 0.0)))
+        # Streams that exist go on, those of health's watchers too; new connections are refused. The time is
+        # kept here: grpcio may crash if one of two calls of stop() runs out of time while the other ends.
+        stopping = asyncio.ensure_future(self._grpc.stop(_LONG))
         await self._until_drained(end)
         hurry = asyncio.ensure_future(self._hurry.wait())
         left = min(max(end - loop.time(), 0.0), self.config.grace_seconds)
         await asyncio.wait({stopping, hurry}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
         if not stopping.done():
-            await self._grpc.stop(0.0)
+            await self._grpc.stop(None)
         await stopping
 
     async def _until_drained(self, end: float) -> None:
