@@ -15,8 +15,6 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from realtide.server.config import ConfigError, load_config
-
 
 def probe(address: str, service: str = "", timeout: float = 4.0, roots: bytes | None = None) -> str:
     """The state of `service` ("": the server as a whole) at HOST:PORT.
@@ -47,9 +45,15 @@ def own_address() -> str:
     """Where the server of this container can be asked, by the settings in force: without TLS if it can be.
 
     Raises:
-        ConfigError: the settings are not valid.
+        ValueError: the settings are not valid.
     """
-    config = load_config()
+    # Only here: with an address given, an old cluster's probe that runs every few seconds starts light.
+    from realtide.server.config import ConfigError, load_config
+
+    try:
+        config = load_config()
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
     port = config.admin_port or config.port
     return f"127.0.0.1:{port}"
 
@@ -67,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         address = given.address or own_address()
         roots = given.ca.read_bytes() if given.ca else None
-    except (ConfigError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write("; ".join(str(error).splitlines()) + "\n")
         return 1
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -106,7 +106,10 @@ terminationGracePeriodSeconds leaves it 5 s more before it is killed.
 {{- mergeOverwrite (dict "log_format" "json") (deepCopy $set.config) $fixed | toYaml -}}
 {{- end -}}
 
-{{- /* A probe. Context: root, service. Before Kubernetes 1.24 there are no gRPC probes. */ -}}
+{{- /*
+A probe. Context: root, service, period, timeout, failures. Before Kubernetes 1.24 there are no gRPC probes, and those that
+start a program are dearer: they come less often.
+*/ -}}
 {{- define "realtide.probe" -}}
 {{- if semverCompare ">=1.24-0" .root.Capabilities.KubeVersion.Version -}}
 grpc:
@@ -114,10 +117,15 @@ grpc:
   {{- with .service }}
   service: {{ . }}
   {{- end }}
+periodSeconds: {{ .period }}
+timeoutSeconds: {{ .timeout }}
 {{- else -}}
 exec:
   command: [python, -m, realtide.server.probe, --address, {{ printf "127.0.0.1:%v" .root.Values.ports.admin | quote }}{{ with .service }}, --service, {{ . }}{{ end }}]
+periodSeconds: {{ max 5 .period }}
+timeoutSeconds: 5
 {{- end }}
+failureThreshold: {{ .failures }}
 {{- end -}}
 
 {{- define "realtide.podSecurity" -}}
