@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import yaml
 import realtide as package
 from realtide.cli.own_server import wait_healthy
 from tests.cli.conftest import Process, Run
+from tests.server import pki
 
 
 def test_settings_in_force_are_printed_and_flags_win(
@@ -53,6 +55,33 @@ def test_bad_settings_are_refused(run: Run, arguments: list[str], code: int, sen
     assert (done.code, done.out) == (code, "")
     assert sentence in done.err
     assert len(done.err.splitlines()) == 1
+
+
+def test_strangers_do_not_write_into_the_log(process: Process, bundle: Path, tmp_path: Path) -> None:
+    certificate, key = pki.Authority().issue().write(tmp_path)
+    tls = ("--set", f"tls_certificate={certificate}", "--set", f"tls_key={key}")
+    ports = ("--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", "--log-format", "json")
+    with subprocess.Popen(
+        process.line("serve", bundle, *ports, *tls),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=process.directory,
+        env=process.environment,
+    ) as server:
+        try:
+            assert server.stdout is not None
+            port = json.loads(server.stdout.readline())["port"]
+            for _ in range(3):
+                with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+                    connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                    assert connection.recv(100) == b""
+            server.send_signal(signal.SIGTERM)
+            _, errors = server.communicate(timeout=60)
+        finally:
+            server.kill()
+    said = [json.loads(line)["message"] for line in errors.decode().splitlines()]
+    assert said[-2:] == ["draining", "stopped"]
+    assert all("andshake" not in line for line in said)
 
 
 def test_it_serves_until_it_is_told_to_stop(process: Process, bundle: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,24 @@ backend realtide
   server a {a} proto h2 check inter 200ms
   server b {b} proto h2 check inter 200ms
 """
-BALANCERS: dict[str, tuple[str, Callable[[Path], list[str]]]] = {
-    "nginx": (NGINX, lambda file: [str(tool("nginx")), "-c", str(file)]),
-    "haproxy": (HAPROXY, lambda file: [str(tool("haproxy")), "-db", "-f", str(file)]),
-}
-# How a stream ends that stays to the last. HAProxy 2.6 may make a reset of a status that comes while the
-# client could still send (gRPC resets the stream after it); for the library both are reasons to resume.
-GONE = {"nginx": ("UNAVAILABLE",), "haproxy": ("UNAVAILABLE", "CANCELLED")}
+# Connections instead of streams: each session of the client library has one of its own.
+HAPROXY_TCP = (
+    HAPROXY.replace("mode http", "mode tcp").replace(" proto h2", "").replace("  retry-on conn-failure\n", "")
+)
+
+
+def _nginx(file: Path) -> list[str]:
+    return [str(tool("nginx")), "-c", str(file)]
+
+
+def _haproxy(file: Path) -> list[str]:
+    return [str(tool("haproxy")), "-db", "-f", str(file)]
+
+
+BALANCERS = {"nginx": (NGINX, _nginx), "haproxy-tcp": (HAPROXY_TCP, _haproxy), "haproxy": (HAPROXY, _haproxy)}
+# How a stream ends that stays to the last. HAProxy 2.6 often makes a reset of the error of a stream whose
+# client could still send, because gRPC resets it after that; for the library both are reasons to resume.
+GONE = {"nginx": {"UNAVAILABLE"}, "haproxy-tcp": {"UNAVAILABLE"}, "haproxy": {"UNAVAILABLE", "CANCELLED"}}
 # Recordings, streams of each kind, and frames of a video.
 SAID, SPEECHES, PLAIN, VIDEOS, FRAMES = 2, 10, 4, 6, 144
 DRAIN = 12.0
