@@ -193,7 +193,10 @@ class Access:
         """Until cancelled: follow the file of keys and end the streams of those that hold no longer."""
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            self.look(streams())
+            try:
+                self.look(streams())
+            except Exception:  # keys must go on being followed whatever happens once
+                log.exception("looking after keys failed")
 
     def look(self, streams: Iterable[StreamSession]) -> None:
         """Do what is to be done from time to time."""

@@ -7,9 +7,9 @@ import asyncio
 from grpc_health.v1 import health_pb2
 from grpc_health.v1._async import HealthServicer
 
-from realtide.server import models_service, speech_service, video_service
+from realtide.server import image_service, models_service, speech_service, video_service
 from realtide.server.host import Host
-from realtide.server.models import ServedModel, SpeechModel, VideoModel
+from realtide.server.models import ImageModel, ServedModel, SpeechModel, VideoModel
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -18,8 +18,8 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class HealthReporter:
     """Reports the health of each service.
 
-    Speech and Video are NOT_SERVING when none of their models can take a session at once, and all services
-    when the server drains.
+    Speech, Video and Image are NOT_SERVING when none of their models can take a session at once, and all
+    services when the server drains.
 
     The server as a whole (service "") stays SERVING when it is merely full, unless `full_is_unhealthy`: a
     full pod is well, and a liveness probe must not kill it. A model whose engine has failed makes the whole
@@ -51,6 +51,7 @@ class HealthReporter:
             "": not draining and not failed and healthy,
             speech_service.SERVICE: free(SpeechModel) and not draining,
             video_service.SERVICE: free(VideoModel) and not draining,
+            image_service.SERVICE: free(ImageModel) and not draining,
             models_service.SERVICE: not draining,
         }
 

@@ -164,3 +164,18 @@ async def test_an_idle_session_ends_with_its_reason() -> None:
                 async for _ in stream:
                     pass
         await server.all_free()
+
+
+async def test_a_session_that_is_sent_away_by_its_age_goes_on_as_if_nothing_had_been() -> None:
+    async with (
+        running(BurstEngine(slots=2), max_connection_age=0.4, max_connection_grace=30.0) as server,
+        rt.connect(f"127.0.0.1:{server.server.port}") as client,
+        client.speech(encoding="float32", retry=EAGER) as stream,
+    ):
+        listener = Listener(stream)
+        await send(stream, UTTERANCE)
+        await until(lambda: stream.reconnects >= 2)
+        await send(stream, UTTERANCE)
+        await stream.finish()
+        await listener.end()
+        assert [text for _, text in listener.finals if text] == ["burst1 burst2"] * 2

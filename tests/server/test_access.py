@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,8 +21,15 @@ from realtide.server.access import Access
 from realtide.server.config import ConfigError, ServerConfig
 from realtide.server.metrics import CALL_REFUSALS, Metrics
 from realtide.server.status import StatusError
-from realtide_client.v1 import models_pb2, models_pb2_grpc, speech_pb2_grpc, video_pb2_grpc
-from tests.server import pki, video_helpers
+from realtide_client.v1 import (
+    image_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+    speech_pb2_grpc,
+    video_pb2_grpc,
+)
+from tests.engines.easycontrol.small import Small
+from tests.server import image_helpers, pki, video_helpers
 from tests.server.engine import BurstEngine
 from tests.server.helpers import Running, failure, finish, opening, responses, retry_seconds, running, until
 from tests.server.video_engine import ClipEngine
@@ -70,23 +78,30 @@ def refused(server: Running) -> dict[str, float]:
     return {reason: count for reason, count in found.items() if count}
 
 
-def stream(channel: grpc.aio.Channel, key: str | None, video: bool = False) -> tuple[Any, Message]:
+KINDS: dict[str, tuple[Callable[[grpc.aio.Channel], Any], Callable[[], Message]]] = {
+    "speech": (speech_pb2_grpc.SpeechStub, opening),
+    "video": (video_pb2_grpc.VideoStub, video_helpers.opening),
+    "image": (image_pb2_grpc.ImageStub, image_helpers.opening),
+}
+
+
+def stream(channel: grpc.aio.Channel, key: str | None, kind: str = "speech") -> tuple[Any, Message]:
     """A call that was begun, and the message that would open its session."""
-    stub: Any = (video_pb2_grpc.VideoStub if video else speech_pb2_grpc.SpeechStub)(channel)
-    return stub.Stream(metadata=bearing(key)), video_helpers.opening() if video else opening()
+    stub, first = KINDS[kind]
+    return stub(channel).Stream(metadata=bearing(key)), first()
 
 
-async def opened(channel: grpc.aio.Channel, key: str | None, video: bool = False) -> Any:
-    call, first = stream(channel, key, video)
+async def opened(channel: grpc.aio.Channel, key: str | None, kind: str = "speech") -> Any:
+    call, first = stream(channel, key, kind)
     await call.write(first)
     response = await call.read()
     assert response.WhichOneof("message") == "opened"
     return call
 
 
-async def turned_away(channel: grpc.aio.Channel, key: str | None, video: bool = False) -> Any:
+async def turned_away(channel: grpc.aio.Channel, key: str | None, kind: str = "speech") -> Any:
     """Nothing is sent: whoever is refused is so before a first message."""
-    call, _ = stream(channel, key, video)
+    call, _ = stream(channel, key, kind)
     return await failure(call)
 
 
@@ -115,7 +130,8 @@ async def test_the_matrix(tmp_path: Path) -> None:
         "tls_client_ca": roots,
         "api_key_file": made.file,
     }
-    async with running(more=[ClipEngine()], **settings) as server:
+    more: list[Any] = [ClipEngine(), Small().engine]
+    async with running(more=more, **settings) as server:
         port = server.server.port
         async with pki.channel(port, authority.roots, authority.issue("client")) as channel:
             # Without a key that holds: one status and one text, whatever is wrong.
@@ -123,8 +139,8 @@ async def test_the_matrix(tmp_path: Path) -> None:
             wrong = f"rt_{made.keys['good'].id}_{keyfile.Key.new().secret}"
             texts = set()
             for key in (None, "", "password", unknown, wrong, made["expired"]):
-                for video in (False, True):
-                    error = await turned_away(channel, key, video)
+                for kind in KINDS:
+                    error = await turned_away(channel, key, kind)
                     assert error.code() == Code.UNAUTHENTICATED, key
                     texts.add(error.details())
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -132,33 +148,35 @@ async def test_the_matrix(tmp_path: Path) -> None:
                 assert caught.value.code() == Code.UNAUTHENTICATED
                 texts.add(caught.value.details())
             assert texts == {"authentication failed"}
-            assert refused(server) == {"no_key": 3, "wrong_key": 12, "expired_key": 3}
+            assert refused(server) == {"no_key": 4, "wrong_key": 16, "expired_key": 4}
 
             # A key of another service.
             (await opened(channel, made["speaker"])).cancel()
-            error = await turned_away(channel, made["speaker"], video=True)
-            assert (error.code(), error.details()) == (Code.PERMISSION_DENIED, "not allowed with this key")
+            for kind in ("video", "image"):
+                error = await turned_away(channel, made["speaker"], kind)
+                assert error.code() == Code.PERMISSION_DENIED
+                assert error.details() == "not allowed with this key"
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await listed(channel, made["speaker"])
             assert caught.value.code() == Code.PERMISSION_DENIED
-            assert refused(server)["forbidden_service"] == 2
+            assert refused(server)["forbidden_service"] == 3
 
-            # Over quota, of sessions at once (of both kinds together) and of sessions begun.
+            # Over quota, of sessions at once (of all kinds together) and of sessions begun.
             held = await opened(channel, made["one"])
-            for video in (False, True):
-                error = await turned_away(channel, made["one"], video)
+            for kind in KINDS:
+                error = await turned_away(channel, made["one"], kind)
                 assert error.code() == Code.RESOURCE_EXHAUSTED
                 assert retry_seconds(error) == 1.0
             await held.write(finish())
             await responses(held)
-            (await opened(channel, made["one"], video=True)).cancel()
+            (await opened(channel, made["one"], "video")).cancel()
             (await opened(channel, made["slow"])).cancel()
             error = await turned_away(channel, made["slow"])
             assert error.code() == Code.RESOURCE_EXHAUSTED
             assert 50.0 < retry_seconds(error) <= 60.0
-            assert {"client_sessions": 2, "client_rate": 1}.items() <= refused(server).items()
+            assert {"client_sessions": 3, "client_rate": 1}.items() <= refused(server).items()
 
-            assert await listed(channel, made["good"]) == ["bursts", "clips"]
+            assert len(await listed(channel, made["good"])) == len(KINDS)
             before = sum(refused(server).values())
 
         # Nobody who does not get through the handshake is told anything by the server, nor is a call counted.

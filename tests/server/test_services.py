@@ -11,10 +11,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from realtide_client.v1 import common_pb2, models_pb2, models_pb2_grpc, speech_pb2
+from tests.engines.easycontrol.small import Small
+from tests.server import image_helpers
 from tests.server.engine import BurstEngine, pcm16, tone
 from tests.server.helpers import (
     EOF,
-    Running,
+    Live,
     audio,
     failure,
     finish,
@@ -27,17 +29,17 @@ from tests.server.helpers import (
 from tests.server.video_engine import ClipEngine
 from tests.server.video_helpers import H264, JPEG, RAW, Clips, clips
 
-SPEECH, VIDEO, MODELS = "realtide.v1.Speech", "realtide.v1.Video", "realtide.v1.Models"
+SPEECH, VIDEO, IMAGE, MODELS = (f"realtide.v1.{name}" for name in ("Speech", "Video", "Image", "Models"))
 SERVING, NOT_SERVING = 1, 2
 
 
-async def health(server: Running, service: str) -> int:
+async def health(server: Live, service: str) -> int:
     stub: Any = health_pb2_grpc.HealthStub(server.channel)
     return int((await stub.Check(health_pb2.HealthCheckRequest(service=service))).status)
 
 
-async def becomes(server: Running, **wanted: int) -> None:
-    names = {"whole": "", "speech": SPEECH, "video": VIDEO, "models": MODELS}
+async def becomes(server: Live, **wanted: int) -> None:
+    names = {"whole": "", "speech": SPEECH, "video": VIDEO, "image": IMAGE, "models": MODELS}
     async with asyncio.timeout(10):
         while {name: await health(server, names[name]) for name in wanted} != wanted:
             await asyncio.sleep(0.005)
@@ -71,6 +73,17 @@ async def test_each_kind_of_model_has_its_own_health() -> None:
         clip.cancel()
         await becomes(server, whole=SERVING, speech=NOT_SERVING, video=SERVING)
         speech.cancel()
+
+
+async def test_images_have_theirs_too() -> None:
+    async with image_helpers.serving(Small(slots=1)) as server:
+        await becomes(server, whole=SERVING, speech=NOT_SERVING, image=SERVING)
+        call = await server.opened()
+        await becomes(server, whole=SERVING, image=NOT_SERVING)
+        call.cancel()
+        await becomes(server, image=SERVING)
+        server.server.drain()
+        await becomes(server, whole=NOT_SERVING, image=NOT_SERVING)
 
 
 async def test_a_failed_engine_is_unhealthy_and_refuses() -> None:
