@@ -1,8 +1,9 @@
-"""Load by the real client: people who speak, change servers, and watch videos whose prompts change."""
+"""Load by the real client: people who speak, watch videos whose prompts change, and draw."""
 
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -11,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 import soundfile
+from PIL import Image as Picture
 
 import realtide_client as rt
 
@@ -19,10 +21,16 @@ BLOCK_SECONDS = 0.04
 
 
 class Load:
-    """Runs speakers and viewers, one after another, in a thread of its own; to be used with `with`."""
+    """Runs sessions, one after another, in a thread of its own; to be used with `with`.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        address: a server of speech and video.
+        images: a server of images, if there is one.
+    """
+
+    def __init__(self, address: str, images: str = "") -> None:
         self.address = address
+        self.images = images
         self.finished = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -30,7 +38,7 @@ class Load:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        for work in (self.speak, self.watch):
+        for work in (self.speak, self.watch, *([self.draw] if self.images else [])):
             self._tasks.append(asyncio.run_coroutine_threadsafe(self._again(work), self._loop))
         return self
 
@@ -84,6 +92,18 @@ class Load:
                 elif isinstance(event, rt.PromptApplied):
                     shown += 1
             assert shown >= 2
+
+    async def draw(self) -> None:
+        """Somebody who wants two images after one sketch, with previews."""
+        sketch = io.BytesIO()
+        Picture.fromarray(np.zeros((32, 32, 3), np.uint8)).save(sketch, "PNG")
+        async with rt.connect(self.images) as client, client.image() as stream:
+            condition = await stream.condition("canny", sketch.getvalue())
+            for prompt in ("a red apple", "a frog"):
+                await stream.generate(prompt, conditions=[condition], preview_interval=1)
+            await stream.finish()
+            images = [event async for event in stream if isinstance(event, rt.Image)]
+        assert len(images) == 2
 
 
 async def _say(client: rt.Client, samples: np.ndarray[Any, Any], rate: int, cut: int) -> str:

@@ -77,25 +77,53 @@ def process(arguments: Sequence[object], log: Path, **options: Any) -> Iterator[
                 child.wait()
 
 
-def server(directory: Path, *settings: str) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-    """`realtide serve` of the bundled models; its ports are in ``directory/ports.json`` when it is ready."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("REALTIDE_")}
+def server(
+    directory: Path, *settings: str, name: str = "server"
+) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    """`realtide serve` of the bundled models; its ports are in ``directory/NAME.json`` when it is ready."""
     words = [word for setting in settings for word in ("--set", setting)]
-    ports = directory / "ports.json"
-    ports.unlink(missing_ok=True)
+    file = directory / f"{name}.json"
+    file.unlink(missing_ok=True)
     return process(
         [sys.executable, "-m", "realtide.cli", "serve", "--host", "127.0.0.1", "--log-format", "json",
-         "--set", "metrics_host=127.0.0.1", "--set", f"port_file={ports}", *words],
-        directory / "server.log",
-        env=environment,
+         "--set", "metrics_host=127.0.0.1", "--set", f"port_file={file}", *words],
+        directory / f"{name}.log",
+        env=_environment(),
         cwd=ROOT,
     )  # fmt: skip
 
 
-def ports(directory: Path) -> dict[str, Any]:
-    """What `server` said when it was ready."""
-    file = directory / "ports.json"
-    until("the server is ready", file.exists, 180)
+def image_server(
+    directory: Path, metrics_port: int
+) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    """The same for the small image engine of the tests, as ``images``."""
+    file = directory / "images.json"
+    file.unlink(missing_ok=True)
+    settings = {
+        "host": "127.0.0.1",
+        "port": 0,
+        "metrics_host": "127.0.0.1",
+        "metrics_port": metrics_port,
+        "port_file": str(file),
+        "drain_seconds": 0,
+    }
+    return process(
+        [sys.executable, "-m", "tests.ops.serve_images", json.dumps(settings)],
+        directory / "images.log",
+        env=_environment(),
+        cwd=ROOT,
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Without settings of other servers."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("REALTIDE_")}
+
+
+def ports(directory: Path, name: str = "server") -> dict[str, Any]:
+    """What the server of that name said when it was ready."""
+    file = directory / f"{name}.json"
+    until(f"{name} is ready", file.exists, 180)
     loaded: dict[str, Any] = json.loads(file.read_text())
     return loaded
 
@@ -133,8 +161,8 @@ class Watch:
 
 
 @contextlib.contextmanager
-def watching(directory: Path, target: str) -> Iterator[Watch]:
-    """Prometheus that scrapes `target`, with the repository's rules hastened, and Alertmanager."""
+def watching(directory: Path, *targets: str) -> Iterator[Watch]:
+    """Prometheus that scrapes `targets`, with the repository's rules hastened, and Alertmanager."""
     with webhook() as (hook, arrived):
         ports = [free_port() for _ in range(2)]
         watch = Watch(f"http://127.0.0.1:{ports[0]}", f"http://127.0.0.1:{ports[1]}", arrived)
@@ -142,7 +170,7 @@ def watching(directory: Path, target: str) -> Iterator[Watch]:
             (directory / name).write_text(hastened((PROMETHEUS / name).read_text()))
         config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
         config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
+        config["scrape_configs"][0]["static_configs"] = [{"targets": [*targets]}]
         config["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{ports[1]}"]}]}]}
         (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
         route = {"receiver": "hook", "group_by": ["alertname"], "group_wait": "1s", "group_interval": "1s"}

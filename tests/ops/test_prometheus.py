@@ -10,12 +10,25 @@ import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import realtide_client as rt
 from tests.ops.load import Load
-from tests.ops.stack import PROMETHEUS, ROOT, RULES, Watch, free_port, get, ports, server, until, watching
+from tests.ops.stack import (
+    PROMETHEUS,
+    ROOT,
+    RULES,
+    Watch,
+    free_port,
+    get,
+    image_server,
+    ports,
+    server,
+    until,
+    watching,
+)
 from tools.ops_tools import tool
 
 pytestmark = pytest.mark.ops
@@ -56,8 +69,17 @@ def metrics_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def watch(directory: Path, metrics_port: int) -> Iterator[Watch]:
-    with watching(directory, f"127.0.0.1:{metrics_port}") as watch:
+def images(directory: Path) -> Iterator[dict[str, Any]]:
+    """Ports of a server of images that runs all the time."""
+    with image_server(directory, 0):
+        yield ports(directory, "images")
+
+
+@pytest.fixture(scope="module")
+def watch(directory: Path, metrics_port: int, images: dict[str, Any]) -> Iterator[Watch]:
+    with watching(
+        directory, *(f"127.0.0.1:{port}" for port in (metrics_port, images["metrics_port"]))
+    ) as watch:
         yield watch
 
 
@@ -74,7 +96,8 @@ def address(directory: Path, metrics_port: int, watch: Watch) -> Iterator[str]:
         "drain_seconds=0",
     ):
         port = ports(directory)["port"]
-        until("Prometheus scrapes the server", lambda: watch.query("realtide_build_info"))
+        mine = f'realtide_build_info{{instance="127.0.0.1:{metrics_port}"}}'
+        until("Prometheus scrapes the server", lambda: watch.query(mine))
         yield f"127.0.0.1:{port}"
 
 
@@ -112,7 +135,9 @@ def test_the_exposition_follows_the_rules_of_prometheus(address: str, metrics_po
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_every_query_of_every_dashboard_returns_data_under_load(address: str, watch: Watch) -> None:
+def test_every_query_of_every_dashboard_returns_data_under_load(
+    address: str, images: dict[str, Any], watch: Watch
+) -> None:
     missing = {(board.stem, *query) for board in BOARDS for query in expressions(board)}
     assert len(missing) > 60
 
@@ -124,7 +149,7 @@ def test_every_query_of_every_dashboard_returns_data_under_load(address: str, wa
                 missing.discard(one)
         return not missing
 
-    with Load(address) as load:
+    with Load(address, f"127.0.0.1:{images['port']}") as load:
         try:
             until("data", lambda: all_answered(load), 150)
         except AssertionError:
