@@ -20,9 +20,9 @@ if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "clients" / "python")]
 
 from tools import chart_schema  # noqa: E402
-from tools.dashboards import images, overview, panels, speech, video  # noqa: E402
+from tools.dashboards import image, overview, panels, speech, video  # noqa: E402
 
-BOARDS = (overview.BOARD, speech.BOARD, video.BOARD, images.BOARD)
+BOARDS = (overview.BOARD, speech.BOARD, video.BOARD, image.BOARD)
 RULES = ("recording.yaml", "alerts.yaml")
 CHART = Path("deploy/helm/realtide")
 
