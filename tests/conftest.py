@@ -13,3 +13,11 @@ def video_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.engines.longlive.bundles import write_bundle
 
     return write_bundle(tmp_path_factory.mktemp("bundles") / "small-video")
+
+
+@pytest.fixture(scope="session")
+def image_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small image bundle with random weights; its export takes half a minute."""
+    from tests.engines.easycontrol.bundles import write_bundle
+
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "small-images")

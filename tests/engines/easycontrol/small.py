@@ -30,6 +30,7 @@ from realtide.engines.easycontrol.types import (
 )
 from realtide.engines.easycontrol.vae import Projection, Vae
 from realtide.engines.easycontrol.worker import Worker
+from realtide.engines.runtime.program import Array
 from tests.engines.easycontrol.conftest import CONFIG, MODEL, random, transformer
 
 TOKENIZER = Path(__file__).parents[3] / "models" / "longlive-emoji" / "tokenizer.model"
@@ -52,6 +53,32 @@ def info(budget: int) -> ImageModelInfo:
     )  # fmt: skip
 
 
+def modules() -> torch_programs.Modules:
+    """The small model with random weights."""
+    torch.manual_seed(4)
+    made = torch_programs.Modules(
+        transformer(LONG.transformer),
+        Vae(LONG.vae).eval().requires_grad_(False),
+        Projection(LONG.vae.latent, LONG.preview).eval().requires_grad_(False),
+        T5Encoder(TEXT).eval().requires_grad_(False),
+        ClipText(POOLED).eval().requires_grad_(False),
+    )
+    torch.nn.init.normal_(made.preview.weight)
+    torch.nn.init.normal_(made.pooled.text_model["embeddings"]["token_embedding"].weight)  # type: ignore[index]
+    return made
+
+
+def adapters() -> dict[str, dict[str, Array]]:
+    """A LoRA of each kind."""
+    return {
+        kind: {
+            name: 0.3 * random(number * 100 + index, *shape)
+            for index, (name, shape) in enumerate(lora_shapes(LONG.transformer, 3).items())
+        }
+        for number, kind in enumerate(LONG.conditions.kinds)
+    }
+
+
 class Small:
     """An engine over PyTorch modules.
 
@@ -61,25 +88,10 @@ class Small:
     """
 
     def __init__(self, slots: int = 4, conditions: int = 8) -> None:
-        torch.manual_seed(4)
-        made = torch_programs.Modules(
-            transformer(LONG.transformer),
-            Vae(LONG.vae),
-            Projection(LONG.vae.latent, LONG.preview),
-            T5Encoder(TEXT),
-            ClipText(POOLED),
-        )
-        torch.nn.init.normal_(made.preview.weight)
-        torch.nn.init.normal_(made.pooled.text_model["embeddings"]["token_embedding"].weight)  # type: ignore[index]
+        made = modules()
         programs = torch_programs.image_programs(made, LONG, TEXT, POOLED)
         pieces = PromptTokenizer(TOKENIZER, 24)
-        loras = {
-            kind: {
-                name: 0.3 * random(number * 100 + index, *shape)
-                for index, (name, shape) in enumerate(lora_shapes(LONG.transformer, 3).items())
-            }
-            for number, kind in enumerate(LONG.conditions.kinds)
-        }
+        loras = adapters()
         store = ConditionStore(conditions * EACH + 17, EACH)
         worker = Worker("small")
         parts = Parts(LONG, programs, pieces, PooledTokenizer(POOLED, pieces), loras, store, worker)
