@@ -21,8 +21,10 @@ import typer
 from realtide.cli.main import app
 from realtide.server.app import Server
 from realtide.server.config import CLIENT_VARIABLES, ServerConfig
+from tests.engines.easycontrol.small import Small
 from tests.server.engine import BurstEngine, quiet, tone
 from tests.server.helpers import DEFAULTS
+from tests.server.image_helpers import picture
 from tests.server.video_engine import ClipEngine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,7 +235,7 @@ def test_every_command_is_in_the_readme() -> None:
             assert f"`realtide {name} {last}".rstrip() in text, (name, last)
 
 
-@pytest.mark.parametrize("page", ["speech-api.md", "video-api.md"])
+@pytest.mark.parametrize("page", ["speech-api.md", "video-api.md", "image-api.md"])
 def test_names_of_the_contract_that_the_api_pages_use_exist(page: str) -> None:
     sources = [
         *(ROOT / "proto" / "realtide" / "v1").glob("*.proto"),
@@ -248,7 +250,7 @@ def test_names_of_the_contract_that_the_api_pages_use_exist(page: str) -> None:
         for name in re.findall(r"\w*_\w+", code)
         if not code.startswith(("realtide/", "proto/"))
     ]
-    assert len(names) > 30
+    assert len(names) > 20
     assert not set(names) - known
 
 
@@ -257,11 +259,12 @@ def test_names_of_the_contract_that_the_api_pages_use_exist(page: str) -> None:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A server that runs while the examples do; it hears tone bursts as words and shows flat colours."""
+    """A server that runs while the examples do: tone bursts are words, frames are flat, images noise."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    server = Server(ServerConfig(**DEFAULTS), [BurstEngine(), ClipEngine()])
+    images: Any = Small().engine
+    server = Server(ServerConfig(**DEFAULTS), [BurstEngine(), ClipEngine(), images])
     asyncio.run_coroutine_threadsafe(server.start(), loop).result()
     yield f"127.0.0.1:{server.port}"
     asyncio.run_coroutine_threadsafe(server.stop(), loop).result()
@@ -293,12 +296,17 @@ def test_examples_run(
     code, addresses = re.subn(r'"localhost:50051"', f'"{address}"', code)
     code, recordings = re.subn(r'(soundfile\.read\()"[^"]+"', rf'\1"{recording}"', code)
     code = re.sub(r"asyncio\.sleep\([\d.]+\)", "asyncio.sleep(0.001)", code)
-    video = ".video(" in code
-    assert (addresses, recordings) == (1, 0 if video else 1)
+    video, image = ".video(" in code, ".image(" in code
+    assert (addresses, recordings) == (1, 0 if video or image else 1)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "sketch.png").write_bytes(picture())
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})
     output = capsys.readouterr().out
-    if not video:
+    if image:
+        assert "0 cached 1 computed" in output
+        assert "1 cached 0 computed" in output
+        assert len(list(tmp_path.glob("fox-*.png"))) == 2
+    elif not video:
         assert "burst2" in output
     elif ".mp4" not in code:
         assert "shows the new prompt" in output
@@ -317,7 +325,13 @@ def test_commands_in_indented_blocks_are_seen() -> None:
 
 def test_there_are_examples() -> None:
     names = {str(param.id).rpartition("-")[0] for param in EXAMPLES}
-    assert names >= {"README.md", "docs/speech-api.md", "docs/video-api.md", "clients/python/README.md"}
+    assert names >= {
+        "README.md",
+        "docs/speech-api.md",
+        "docs/video-api.md",
+        "docs/image-api.md",
+        "clients/python/README.md",
+    }
 
 
 def test_the_engines_page_computes_what_it_says() -> None:

@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 import realtide
-from realtide.cli import demo, models, replay, serve, transcribe, video
+from realtide.cli import demo, image, models, replay, serve, transcribe, video
 from realtide.cli.errors import CommandError
 
 app = typer.Typer(
     name="realtide",
-    help="Live models: serve them, transcribe speech, generate video, measure.",
+    help="Live models: serve them, transcribe speech, generate video and images, measure.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("serve")(serve.command)
 app.command("transcribe")(transcribe.command)
 app.command("video", cls=video.TwoWords)(video.command)
+app.command("image")(image.command)
 app.command("demo")(demo.command)
 app.command("replay")(replay.command)
 app.add_typer(models.app, name="models")

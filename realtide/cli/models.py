@@ -14,9 +14,9 @@ from realtide.cli.errors import CommandError
 app = typer.Typer(help="Model bundles: list, verify, fetch and make them.", no_args_is_help=True)
 app.add_typer(convert.app, name="convert")
 app.command("fetch")(fetch.command)
-Kind = Literal["speech", "video"]
-KINDS: tuple[Kind, ...] = ("speech", "video")
-VIDEO_ENGINES = ("longlive",)
+Kind = Literal["speech", "video", "image"]
+KINDS: tuple[Kind, ...] = ("speech", "video", "image")
+_ENGINES: dict[str, Kind] = {"longlive": "video", "easycontrol": "image"}
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON list.")]
 
 
@@ -108,7 +108,7 @@ def default(kind: Kind = "speech") -> Path:
     from realtide import bundle
 
     for directory in _found(None).values():
-        if (_engine(directory) in VIDEO_ENGINES) == (kind == "video"):
+        if _ENGINES.get(_engine(directory), "speech") == kind:
             return directory
     places = ", ".join(map(str, bundle.search_path()))
     raise CommandError(f"there is no {kind} bundle in {places}: name one with --bundle")
