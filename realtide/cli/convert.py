@@ -204,3 +204,115 @@ def _recipe() -> str:
     """The command that was given; directories of paths are left out, they say nothing elsewhere."""
     words = [Path(word).name if "/" in word and not word.startswith("-") else word for word in sys.argv[1:]]
     return shlex.join(["realtide", *words])
+
+
+@app.command("easycontrol")
+def easycontrol(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make; its name is the bundle's.")],
+    licence: Annotated[str, typer.Option(help="SPDX identifier of the weights' licence.")],
+    flux: Annotated[
+        Path | None,
+        typer.Option(help="A downloaded FLUX.1 in diffusers' layout: parts not named below."),
+    ] = None,
+    transformer: Annotated[
+        Path | None, typer.Option(help="For example flux1-dev.safetensors, or a directory.")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="For example ae.safetensors, or a directory.")] = None,
+    text: Annotated[Path | None, typer.Option(help="T5's checkpoint (text_encoder_2).")] = None,
+    pooled: Annotated[Path | None, typer.Option(help="CLIP's checkpoint (text_encoder).")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="T5's spiece.model, or its directory.")] = None,
+    pooled_tokenizer: Annotated[
+        Path | None, typer.Option(help="CLIP's tokenizer.json, or the directory with its vocabulary.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND=PATH[:subject]",
+            help="A LoRA of EasyControl's, by the kind of its conditions. Repeatable.",
+        ),
+    ] = None,
+    precision: Annotated[Storage, typer.Option(help="How weights are stored.")] = Storage.BFLOAT16,
+    export: Annotated[
+        list[Graphs] | None, typer.Option(help="Export ONNX graphs in this precision; may be repeated.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option(help="Run each exported graph and compare it with its module.")
+    ] = True,
+    size: Annotated[str, typer.Option(metavar="WxH", help="Of images by default, in pixels.")] = "1024x1024",
+    sides: Annotated[
+        str, typer.Option(metavar="LOW-HIGH", help="Shortest and longest side of an image.")
+    ] = "256-2048",
+    condition_size: Annotated[int, typer.Option(help="Pixels of a condition, each way.")] = 512,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of a prompt, padding included.")] = 512,
+    version: Annotated[str, typer.Option(help="Of the bundle.")] = "1.0.0",
+    description: Annotated[
+        str, typer.Option(help="One line for the manifest.")
+    ] = "Images guided by other images, converted from public checkpoints.",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Make an image bundle of the public files of FLUX.1 and EasyControl.
+
+    Transformer and VAE may be in diffusers' layout or the original single files. Every name and shape is held
+    to the architecture that the files themselves show. A tensor that is missing, unexpected or misshapen is
+    an error that names it, and nothing is left behind. A kind whose LoRA is marked :subject says what is
+    shown and not where. The preview projection is fitted to the VAE. Needs PyTorch (extra `train`) and the
+    extra `images`, with --export the extras `cpu` and `export`.
+
+    Example: realtide models convert easycontrol models/flux --licence LicenseRef-FLUX-1-dev
+    --flux FLUX.1-dev --lora canny=canny.safetensors --lora subject=subject.safetensors:subject
+    """
+    try:
+        from realtide.engines.easycontrol import convert
+        from realtide.engines.easycontrol.config import Role
+        from realtide.engines.runtime.program import ProgramError
+    except ImportError as error:
+        raise CommandError(f"converting needs the extra train (PyTorch): {error}") from None
+    found: dict[str, Any] = {} if flux is None else convert.find(flux)
+    if flux is not None and not found:
+        raise CommandError(f"{flux}: holds no part of FLUX.1 that is known by its name")
+    named = {
+        "transformer": transformer, "vae": vae, "text": text, "pooled": pooled,
+        "tokenizer": tokenizer, "pooled_tokenizer": pooled_tokenizer,
+    }  # fmt: skip
+    found |= {part: path for part, path in named.items() if path is not None}
+    for part in named:
+        if part not in found:
+            where = "" if flux is None else f", and {flux} has none"
+            raise UsageError(f"name the {part.replace('_', ' ')} with --{part.replace('_', '-')}{where}")
+    loras: dict[str, tuple[Path, Role]] = {}
+    for one in lora or []:
+        kind, mark, rest = one.partition("=")
+        path, role = rest.removesuffix(":subject"), "subject" if rest.endswith(":subject") else "spatial"
+        if not mark or not kind or not path or kind in loras:
+            raise UsageError(f"--lora {one}: must be KIND=PATH or KIND=PATH:subject, each kind once")
+        loras[kind] = (Path(path), "subject" if role == "subject" else "spatial")
+    width, height = _pair(size, "x", "--size", "1024x1024")
+    low, high = _pair(sides, "-", "--sides", "256-2048")
+    limits = convert.Limits((width, height), (low, high), max(width * height, high * high // 2))
+    card = convert.Card(out.name, version, description, licence, _recipe())
+    try:
+        model = convert.read(
+            convert.Sources(**found, loras=loras), text_tokens=text_tokens, condition_size=condition_size
+        )
+        graphs: tuple[Precision, ...] = tuple(dict.fromkeys(one.value for one in export or []))
+        with quiet():
+            done = convert.write(
+                model, out, card, limits, precision=precision.value, graphs=graphs, check=check
+            )
+    except (ValueError, ProgramError, OSError) as error:
+        raise CommandError(str(error)) from None
+    except ImportError as error:
+        raise CommandError(f"a package is missing (extras images, cpu, export): {error}") from None
+    if as_json:
+        typer.echo(json.dumps(done))
+        return
+    counts = ", ".join(f"{part} {count / 1e6:,.1f} M" for part, count in done["parameters"].items())
+    typer.echo(f"{done['bundle']}: {done['bytes'] / 1e6:,.1f} MB in {precision.value}; parameters: {counts}")
+
+
+def _pair(text: str, mark: str, option: str, example: str) -> tuple[int, int]:
+    """Two whole numbers. Raises UsageError."""
+    at = re.fullmatch(rf"(\d{{1,5}}){mark}(\d{{1,5}})", text)
+    if not at:
+        raise UsageError(f"{option} {text}: must be like {example}")
+    return int(at[1]), int(at[2])

@@ -28,7 +28,11 @@ from realtide.engines.longlive.config import (
     VaeConfig,
     VideoConfig,
 )
-from realtide.engines.longlive.convert_files import (
+from realtide.engines.longlive.text import TextEncoder
+from realtide.engines.longlive.tokenizer import PromptTokenizer
+from realtide.engines.longlive.transformer import WanTransformer
+from realtide.engines.longlive.vae import WanVae
+from realtide.engines.runtime.checkpoint_files import (
     DTYPES,
     ConvertError,
     Stored,
@@ -36,10 +40,6 @@ from realtide.engines.longlive.convert_files import (
     read_settings,
     write_safetensors,
 )
-from realtide.engines.longlive.text import TextEncoder
-from realtide.engines.longlive.tokenizer import PromptTokenizer
-from realtide.engines.longlive.transformer import WanTransformer
-from realtide.engines.longlive.vae import WanVae
 
 Storage = Literal["float32", "float16", "bfloat16"]
 FRAMES_PER_SECOND = 16.0  # of Wan2.1

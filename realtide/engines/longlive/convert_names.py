@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from realtide.engines.longlive.config import TextConfig, TransformerConfig, VaeConfig
-from realtide.engines.longlive.convert_files import Checkpoint, ConvertError, Stored
 from realtide.engines.longlive.text import TextEncoder
 from realtide.engines.longlive.transformer import WanTransformer
 from realtide.engines.longlive.vae import WanVae
+from realtide.engines.runtime.checkpoint_files import Checkpoint, ConvertError, Stored
 
 Names = Callable[[str], str]
 """From the release's name of a tensor to another layout's."""

@@ -25,13 +25,13 @@ from realtide.engines.longlive.config import (
     VideoConfig,
 )
 from realtide.engines.longlive.convert import Card, Model, Sources
-from realtide.engines.longlive.convert_files import ConvertError, Stored, read_checkpoint
 from realtide.engines.longlive.generation import VideoStream
 from realtide.engines.longlive.programs import FrameDecoder
 from realtide.engines.longlive.replay import replay
 from realtide.engines.longlive.text import TextEncoder
 from realtide.engines.longlive.transformer import WanTransformer
 from realtide.engines.longlive.vae import WanVae
+from realtide.engines.runtime.checkpoint_files import ConvertError, Stored, read_checkpoint
 from realtide.engines.runtime.weights import WeightFile
 from tests.engines.longlive import checkpoints
 from tests.engines.longlive.checkpoints import Weights
