@@ -81,6 +81,28 @@ def test_every_chunking_says_the_same_and_most_words_are_right(engine: AncatEngi
     assert engine.free_slots == engine.slots
 
 
+@pytest.mark.parametrize("seed", [None, 7])
+def test_later_commands_of_a_stream_are_heard_as_well_as_the_first(
+    engine: AncatEngine, seed: int | None
+) -> None:
+    """Three commands with pauses of 1 and 2.5 s, in digital silence and in a room's hush."""
+    order = next(clip for clip in CLIPS if clip["file"] == "coffee-mocha.flac")
+    samples, rate = soundfile.read(AUDIO / order["file"], dtype="float32")
+    pauses = [np.zeros(int(seconds * rate), np.float32) for seconds in (1.0, 2.5, 1.0)]
+    wave = np.concatenate([part for pause in pauses for part in (samples, pause)])
+    if seed is not None:
+        wave += np.random.default_rng(seed).standard_normal(len(wave)).astype(np.float32) * 0.001
+    session = engine.open(SpeechOptions(sample_rate=rate))
+    for item in (Audio(wave, 0.0), Finish()):
+        session.push(item)
+    finals: list[SpeechEvent] = []
+    while not session.done:
+        finals += [e for e in engine.step([session], ignore)[0] if isinstance(e, Final) and e.text]
+    session.close()
+    said = " ".join(final.text for final in finals if isinstance(final, Final))
+    assert said == " ".join([order["text"]] * 3)
+
+
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     """The PyTorch encoder with the weights that ship."""

@@ -97,8 +97,8 @@ class _Hypothesis:
 
     bonus: Gains | None = None
 
-    def __init__(self, repeat_frames: int) -> None:
-        self._repeat_frames = repeat_frames
+    def __init__(self, search: DecoderConfig) -> None:
+        self._search = search
         self.context: Context = START
         self.tokens: list[int] = []
         self.rows: list[int] = []
@@ -107,10 +107,13 @@ class _Hypothesis:
         return NEVER
 
     def repeatable(self) -> int:
-        return self.rows[-1] + self._repeat_frames if self.rows else 0
+        return self.rows[-1] + self._search.repeat_frames if self.rows else NEVER
+
+    def expires(self) -> int:
+        return self.rows[-1] + self._search.context_frames if self.rows else NEVER
 
     def emit(self, row: int, token: int, log_prob: float) -> None:
-        self.context = (self.context[1], token)
+        self.context = (START[1] if row >= self.expires() else self.context[1], token)
         self.tokens.append(token)
         self.rows.append(row)
 
@@ -149,7 +152,7 @@ def _searched(
     available = latency.availability(depths, batch.frames)[:, -1]
     valid = np.arange(steps) < batch.frames[:, None]
     search = model.search
-    hypotheses = [_Hypothesis(search.repeat_frames) for _ in range(size)]
+    hypotheses = [_Hypothesis(search) for _ in range(size)]
     counts = batch.frames.tolist()
     greedy(joiner, rows.numpy()[valid], hypotheses, counts, search.max_symbols, search.repeat_gain)
     for at, (index, hypothesis) in enumerate(zip(batch.picked, hypotheses, strict=True)):

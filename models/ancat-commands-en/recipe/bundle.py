@@ -74,12 +74,15 @@ def scores_of(path: Path | None) -> dict[str, Any]:
     return scores
 
 
-def retell(directory: Path, scores: dict[str, Any], word_times: dict[str, float]) -> None:
-    """Write the manifest anew with other scores and word times; weights and graphs stay."""
+def retell(
+    directory: Path, scores: dict[str, Any], word_times: dict[str, float], search: dict[str, float]
+) -> None:
+    """Write the manifest anew with other scores, word times and search; weights and graphs stay."""
     values = yaml.safe_load((directory / MANIFEST).read_text(encoding="utf-8"))
     for name in ("files", "format"):
         del values[name]
     values["architecture"]["word_times"] = word_times
+    values["architecture"]["search"] = search
     values["scores"] = scores or values["scores"]
     write_manifest(directory, values)
 
@@ -116,11 +119,19 @@ def main() -> None:
         default=6,
         help="encoder frames after which it may (default: %(default)s)",
     )
+    parse.add_argument(
+        "--context-frames",
+        type=int,
+        help="encoder frames after which the predictor forgets a token, from development streams",
+    )
     parse.add_argument("--manifest-only", action="store_true", help="keep OUT's weights and graphs")
     args = parse.parse_args()
     word_times = {"start_offset_ms": args.start_offset_ms, "end_offset_ms": args.end_offset_ms}
+    search: dict[str, float] = {"repeat_gain": args.repeat_gain, "repeat_frames": args.repeat_frames}
+    if args.context_frames is not None:
+        search["context_frames"] = args.context_frames
     if args.manifest_only:
-        retell(args.out, scores_of(args.scores), word_times)
+        retell(args.out, scores_of(args.scores), word_times, search)
         return
     saved = torch.load(args.checkpoint, weights_only=True)
     config = EncoderConfig.from_dict(saved["config"])
@@ -160,7 +171,7 @@ def main() -> None:
             "unverified": ["README.md", "recipe"],
         },
         word_times=word_times,
-        search={"repeat_gain": args.repeat_gain, "repeat_frames": args.repeat_frames},
+        search=search,
         calibration=calibration,
     )
 

@@ -35,6 +35,8 @@ class Hypothesis(NamedTuple):
     boost: float = 0.0  # of the phrases, unfinished matches included
     node: int = ROOT  # in the boost graph
     before: Context = START  # the last two tokens of the utterance before
+    before_frame: int | None = None  # frame of the last of them
+    since: int = 0  # the context starts with this token: those before it have expired
 
     @property
     def score(self) -> float:
@@ -44,12 +46,21 @@ class Hypothesis(NamedTuple):
     @property
     def context(self) -> Context:
         """The last two tokens, oldest first, blanks before the first utterance."""
-        return (self.before + self.ids)[-2:]  # type: ignore[return-value]
+        return (self.before + self.ids[self.since :])[-2:]  # type: ignore[return-value]
 
     @property
     def last_frame(self) -> int | None:
         """Frame of the last token."""
         return self.tokens[-1].frame if self.tokens else None
+
+    @property
+    def context_frame(self) -> int | None:
+        """Frame of the context's last token."""
+        return self.tokens[-1].frame if self.tokens else self.before_frame
+
+    def expired(self) -> Hypothesis:
+        """The same with nothing before its next token."""
+        return self._replace(before=START, before_frame=None, since=len(self.ids))
 
 
 class BeamStream(Protocol):
@@ -81,6 +92,10 @@ class BeamStream(Protocol):
         """As `search.GreedyStream.repeatable`, for one hypothesis."""
         ...
 
+    def expires(self, hypothesis: Hypothesis) -> int:
+        """As `search.GreedyStream.expires`, for one hypothesis."""
+        ...
+
     def searched(self, row: int, hypotheses: list[Hypothesis]) -> None:
         """`row` is searched and these are the hypotheses now, best first.
 
@@ -104,17 +119,20 @@ def beam_search(
     for row in range(max(counts, default=0)):
         live = [s for s, count in enumerate(counts) if row < count]
         beams = [streams[s].hypotheses for s in live]
-        flat = [h for hypotheses in beams for h in hypotheses]
         sizes = [len(hypotheses) for hypotheses in beams]
+        owners = [streams[s] for s, size in zip(live, sizes, strict=True) for _ in range(size)]
+        flat = [h for hypotheses in beams for h in hypotheses]
+        contexts = [
+            START if row >= stream.expires(h) else h.context for stream, h in zip(owners, flat, strict=True)
+        ]
         rows = np.repeat([firsts[s] + row for s in live], sizes)
-        log_probs = joiner(enc[rows], np.array([h.context for h in flat], np.int64))
+        log_probs = joiner(enc[rows], np.array(contexts, np.int64))
         totals = log_probs + np.array([h.log_prob for h in flat])[:, None]
         starts = np.cumsum([0, *sizes]).tolist()
         if repeat_gain:
-            owners = [s for s, size in zip(live, sizes, strict=True) for _ in range(size)]
-            for k, (s, h) in enumerate(zip(owners, flat, strict=True)):
-                if h.context[1] != BLANK and row >= streams[s].repeatable(h):
-                    totals[k, h.context[1]] += repeat_gain
+            for k, (stream, h, (_, said)) in enumerate(zip(owners, flat, contexts, strict=True)):
+                if said != BLANK and row >= stream.repeatable(h):
+                    totals[k, said] += repeat_gain
         sources = [_merge(h, totals[a:b]) for h, a, b in zip(beams, starts, starts[1:], strict=False)]
         scores = totals + np.array([h.boost for h in flat])[:, None]
         for k, s in enumerate(live):
@@ -208,15 +226,15 @@ def _extended(
             extended.append(parent._replace(tokens=tokens, log_prob=log_prob))
             continue
         gain, node = graph.step(parent.node, token) if graph is not None else (0.0, ROOT)
+        kept = parent.expired() if row >= stream.expires(parent) else parent
         new = stream.token(row, token, float(log_probs[k, token]))
         extended.append(
-            Hypothesis(
-                (*parent.tokens, new),
-                (*parent.ids, token),
-                log_prob,
-                parent.boost + gain,
-                node,
-                parent.before,
+            kept._replace(
+                tokens=(*parent.tokens, new),
+                ids=(*parent.ids, token),
+                log_prob=log_prob,
+                boost=parent.boost + gain,
+                node=node,
             )
         )
     return extended

@@ -18,7 +18,7 @@ from realtide.engines.ancat.types import EndpointRules, PhraseBoost, SpeechOptio
 from realtide.engines.ancat.words import Token
 from realtide.engines.engine import CheckpointMismatch
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(slots=True)
@@ -59,6 +59,8 @@ class DecodeState:
                     "boost": h.boost,
                     "node": h.node,
                     "before": list(h.before),
+                    "before_frame": h.before_frame,
+                    "since": h.since,
                 }
                 for h in self.hypotheses
             ],
@@ -117,8 +119,18 @@ def _hypothesis(values: dict[str, Any], vocabulary: int) -> Hypothesis:
     older, newer = (int(token) for token in values["before"])
     if not (0 <= older < vocabulary and 0 <= newer < vocabulary):
         raise ValueError("token before the utterance outside the vocabulary")
+    frame, since = values["before_frame"], int(values["since"])
+    if not 0 <= since <= len(ids):
+        raise ValueError("context outside the utterance")
     return Hypothesis(
-        tokens, ids, float(values["log_prob"]), float(values["boost"]), int(values["node"]), (older, newer)
+        tokens,
+        ids,
+        float(values["log_prob"]),
+        float(values["boost"]),
+        int(values["node"]),
+        (older, newer),
+        None if frame is None else int(frame),
+        since,
     )
 
 

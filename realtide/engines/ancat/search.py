@@ -11,6 +11,10 @@ hardly any token does, and so does all it can to hear one sound once; said twice
 ("five five" as "five"). What its prior takes away, the search gives back, as one does with a model's internal
 language model (Meng et al. 2021, arXiv 2011.01991), but only once the first sound must be over.
 
+A context *expires* (ours). The model learns from utterances, after whose last word nothing comes; in a
+stream the next command follows after a pause, and with the old context it would not be heard. So from some
+row after its last token on, a stream is searched from the start context, as at its beginning.
+
 Rows of different streams never influence each other and every frame is searched to its end before the next,
 so tokens depend neither on the batch nor on how the rows were cut into calls. The module knows nothing of
 words or events.
@@ -60,6 +64,13 @@ class GreedyStream(Protocol):
         """The row from which on the context's last token, heard again, was said again.
 
         It lies after the token's own row; may be negative or past the last row.
+        """
+        ...
+
+    def expires(self) -> int:
+        """The row from which on the context no longer counts, but `START` does.
+
+        It lies after the last token's row; may be negative or past the last row.
         """
         ...
 
@@ -138,11 +149,16 @@ def greedy(
         contexts = np.repeat(
             np.array([cursor.stream.context for cursor in active], np.int64), lengths, axis=0
         )
+        starts = np.concatenate(([0], np.cumsum(lengths)))
+        for cursor, end in zip(active, starts[1:], strict=True):
+            # Rows next_row .. cursor.end - 1 end before `end`.
+            late = cursor.end - max(cursor.stream.expires(), cursor.next_row)
+            if late > 0:
+                contexts[end - late : end] = START
         log_probs = joiner(rows, contexts)
         scores = _boosted(log_probs, active, lengths, repeat_gain)
         best = scores.argmax(axis=1)
         hits = np.flatnonzero(best != BLANK)
-        starts = np.concatenate(([0], np.cumsum(lengths)))
         first_hits = np.searchsorted(hits, starts).tolist()
         for k, cursor in enumerate(active):
             if first_hits[k] == first_hits[k + 1]:
@@ -166,13 +182,16 @@ def _boosted(
     for cursor, length in zip(active, lengths, strict=True):
         bonus = cursor.stream.bonus
         said = cursor.stream.context[1] if repeat_gain else BLANK
-        first = max(cursor.stream.repeatable() - cursor.next_row, 0) if said != BLANK else length
-        if scores is log_probs and (bonus is not None or first < length):
+        first = last = 0
+        if said != BLANK:
+            first = max(cursor.stream.repeatable() - cursor.next_row, 0)
+            last = min(cursor.stream.expires() - cursor.next_row, length)
+        if scores is log_probs and (bonus is not None or first < last):
             scores = log_probs.copy()
         if bonus is not None:
             scores[start : start + length, bonus.ids] += bonus.values
-        if first < length:
-            scores[start + first : start + length, said] += repeat_gain
+        if first < last:
+            scores[start + first : start + last, said] += repeat_gain
         start += length
     return scores
 

@@ -17,6 +17,7 @@ import numpy as np
 from realtide.engines.ancat.beam import Hypothesis, finished
 from realtide.engines.ancat.boost import BoostGraph, Gains
 from realtide.engines.ancat.decode_state import DecodeState
+from realtide.engines.ancat.endpoint import NEVER
 from realtide.engines.ancat.search import Context
 from realtide.engines.ancat.tokenizer import Tokenizer
 from realtide.engines.ancat.types import EndpointEvent, Final, Partial, SpeechEvent, Word
@@ -34,13 +35,14 @@ class DecoderConfig:
     stable_frames: int = 8  # a word whose last token is older than this counts as stable
     repeat_gain: float = 0.0  # nats for a token that follows itself
     repeat_frames: int = 6  # and comes so many frames after itself, or more
+    context_frames: int = NEVER  # after the last token, in which the predictor remembers it
     hard_max_utterance_ms: int = 60_000  # bounds an utterance even where endpointing is off
 
     def __post_init__(self) -> None:
-        if not 0 <= self.repeat_gain < inf or self.repeat_frames < 1:
+        if not 0 <= self.repeat_gain < inf or min(self.repeat_frames, self.context_frames) < 1:
             raise ValueError(
-                f"repeat_gain must be finite and at least 0 and repeat_frames at least 1, not "
-                f"{self.repeat_gain} and {self.repeat_frames}"
+                "repeat_gain must be finite and at least 0, repeat_frames and context_frames at least 1, not "
+                f"{self.repeat_gain}, {self.repeat_frames} and {self.context_frames}"
             )
 
 
@@ -101,13 +103,16 @@ class Follower:
         return max(frame, state.rules_from) - self._base
 
     def repeatable(self, hypothesis: Hypothesis | None = None) -> int:
-        """Row from which on the last token of `hypothesis` (None: the best) may have been said again.
+        """Row from which on the last token of `hypothesis` (None: the best) may have been said again."""
+        return self._after(hypothesis, self._config.repeat_frames)
 
-        Where it is of the utterance before, it came before this one's start.
-        """
-        state = self.state
-        last = (hypothesis or state.hypotheses[0]).last_frame
-        return (state.start - 1 if last is None else last) + self._config.repeat_frames - self._base
+    def expires(self, hypothesis: Hypothesis | None = None) -> int:
+        """Row from which on the predictor no longer remembers the tokens of `hypothesis` (None: the best)."""
+        return self._after(hypothesis, self._config.context_frames)
+
+    def _after(self, hypothesis: Hypothesis | None, frames: int) -> int:
+        last = (hypothesis or self.state.hypotheses[0]).context_frame
+        return NEVER if last is None else last + frames - self._base
 
     # What greedy search tells.
 
@@ -115,15 +120,15 @@ class Follower:
         """Append a token; everything before `row` is searched."""
         self._pass_to(self._base + row)
         best, graph = self.state.hypotheses[0], self.state.graph
+        kept = best.expired() if row >= self.expires() else best
         gain, node = (0.0, best.node) if graph is None else graph.step(best.node, token)
         self.state.hypotheses = [
-            Hypothesis(
-                (*best.tokens, self.token(row, token, log_prob)),
-                (*best.ids, token),
-                best.log_prob + log_prob,
-                best.boost + gain,
-                node,
-                best.before,
+            kept._replace(
+                tokens=(*best.tokens, self.token(row, token, log_prob)),
+                ids=(*best.ids, token),
+                log_prob=best.log_prob + log_prob,
+                boost=best.boost + gain,
+                node=node,
             )
         ]
         self._announce_speech()
@@ -197,7 +202,8 @@ class Follower:
             )
         )
         # The encoder remembers what was said, and so must the predictor: from blanks it would say it again.
-        state.hypotheses = [Hypothesis(before=state.hypotheses[0].context)]
+        last = state.hypotheses[0]
+        state.hypotheses = [Hypothesis(before=last.context, before_frame=last.context_frame)]
         state.start, state.earliest, state.utterance = state.frame, end, state.utterance + 1
         state.speaking, state.likely_for, state.shown, state.shown_ids = False, None, "", ()
         state.lookahead = Counter()

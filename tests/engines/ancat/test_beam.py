@@ -23,6 +23,7 @@ class Stream:
     graph: BoostGraph | None = None
     longest: int = 10**9  # rows of an utterance
     again: int = 1  # rows after which a token may follow itself
+    memory: int = 10**9  # rows after a token in which it is in the context
     base: int = 0
     start: int = 0
     hypotheses: list[Hypothesis] = field(default_factory=lambda: [Hypothesis()])
@@ -34,6 +35,10 @@ class Stream:
     def repeatable(self, hypothesis: Hypothesis) -> int:
         assert hypothesis.last_frame is not None
         return hypothesis.last_frame + self.again - self.base
+
+    def expires(self, hypothesis: Hypothesis) -> int:
+        last = hypothesis.context_frame
+        return 10**9 if last is None else last + self.memory - self.base
 
     def searched(self, row: int, hypotheses: list[Hypothesis]) -> None:
         self.results.append(hypotheses)
@@ -142,6 +147,20 @@ def test_tokens_carry_the_frames_of_the_likelier_way() -> None:
                     assert h.tokens[-1].frame == row
                     moved += 1
     assert moved > 0
+
+
+def test_a_context_that_expires_at_once_is_no_context() -> None:
+    """With a memory of one row every row is searched from the start, whatever was said before."""
+    joiner, enc = ToyJoiner(3, vocabulary=3, blank=0.3), rows_of(3, 6)
+    stream = Stream(beam=1000, memory=1)
+    beam_search(joiner, enc, [stream], [6])
+    steps = np.array([joiner.one(row, START) for row in enc], np.float64)
+    expected: dict[tuple[int, ...], float] = {}
+    for choice in product(range(3), repeat=6):
+        ids = tuple(token for token in choice if token)
+        total = float(sum(steps[row, token] for row, token in enumerate(choice)))
+        expected[ids] = float(np.logaddexp(expected.get(ids, -np.inf), total))
+    assert {h.ids: h.log_prob for h in stream.hypotheses} == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_repeat_gain_waits_until_the_token_may_be_said_again() -> None:

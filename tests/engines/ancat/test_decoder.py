@@ -211,12 +211,14 @@ def test_the_comparison_covers_every_kind() -> None:
     boosted=st.booleans(),
     sizes=st.lists(st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(any), min_size=4, max_size=4),
     cut=st.integers(0, 60),
+    memory=st.integers(1, 20),
 )
 def test_chunking_batch_and_checkpoints_change_nothing(
-    seed: int, beams: list[int], boosted: bool, sizes: list[list[int]], cut: int
+    seed: int, beams: list[int], boosted: bool, sizes: list[list[int]], cut: int, memory: int
 ) -> None:
     """Each stream alone, frame by frame, against all together in any chunks with a checkpoint in between."""
-    decoder = Decoder(ToyJoiner(seed, blank=1.0), toy_tokenizer())
+    config = DecoderConfig(repeat_gain=2.0, repeat_frames=3, context_frames=memory)
+    decoder = Decoder(ToyJoiner(seed, blank=1.0), toy_tokenizer(), config)
     options = [replace(OPTIONS, beam=b, boosts=BOOSTS if boosted else ()) for b in beams]
     sources = [Source.of(seed + k, 60 + 7 * k) for k in range(len(beams))]
     alone = [
@@ -226,7 +228,7 @@ def test_chunking_batch_and_checkpoints_change_nothing(
     heads = [Source(s.enc[:cut], s.avail[:cut]) for s in sources]
     events = run(decoder, states, heads, sizes[: len(beams)], finish=False)
     exports = [state.export() for state in states]
-    other = Decoder(ToyJoiner(seed, blank=1.0), toy_tokenizer())
+    other = Decoder(ToyJoiner(seed, blank=1.0), toy_tokenizer(), config)
     restored = [other.restore(data) for data in exports]
     assert [state.export() for state in restored] == exports
     rest = run(other, restored, sources, sizes[: len(beams)])
@@ -252,6 +254,32 @@ def test_words_times_confidence_and_lookahead() -> None:
     assert (final.reason, final.speech_end, final.end) == ("endpoint", second.end, about(0.68))
     assert (final.lookahead_mean, final.lookahead_p90) == pytest.approx((0.08 + 0.12 / 17, 0.08))
     assert events[0] == EndpointEvent("speech_start", about(0.08), 0)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_the_predictor_remembers_the_last_words_over_an_endpoint_but_not_for_ever(beam: int) -> None:
+    class Spy(ScriptJoiner):
+        seen: dict[int, tuple[int, ...]] = {}  # noqa: RUF012  # of the last look at each row
+
+        def __call__(self, enc: np.ndarray, contexts: np.ndarray) -> np.ndarray:
+            for row, context in zip(enc, contexts, strict=True):
+                self.seen.setdefault(int(row[2]), tuple(context.tolist()))
+            return super().__call__(enc, contexts)
+
+    source = script(40, {2: 1, 3: 3, 30: 2}, posterior=1 - 1e-6)
+    source.enc = np.column_stack([source.enc, np.arange(40)]).astype(np.float32)
+    joiner = Spy()
+    decoder = Decoder(joiner, toy_tokenizer(), DecoderConfig(context_frames=15))
+    state = decoder.new_state(replace(OPTIONS, beam=beam))
+    texts = []
+    for frame in range(40):
+        rows = source.enc[frame : frame + 1], source.avail[frame : frame + 1]
+        events = decoder.advance([state], *rows, [1])[0]
+        texts += [event.text for event in events if isinstance(event, Final)]
+    assert [text for text in texts if text] == ["ac", "b"]
+    assert joiner.seen[4] == joiner.seen[10] == joiner.seen[17] == (1, 3)  # frame 10 is the next utterance's
+    assert joiner.seen[18] == joiner.seen[29] == (0, 0)
+    assert joiner.seen[31] == (0, 2)
 
 
 def test_p90_is_the_nearest_rank() -> None:

@@ -22,6 +22,7 @@ class Stream:
     longest: int = 10**9
     graph: BoostGraph | None = None
     again: int = 1  # rows after which a token may follow itself
+    memory: int = 10**9  # rows after a token in which it is in the context
     base: int = 0  # rows of earlier calls
     start: int = 0
     last: int | None = None
@@ -41,8 +42,12 @@ class Stream:
     def repeatable(self) -> int:
         return (self.start - 1 if self.last is None else self.last) + self.again - self.base
 
+    def expires(self) -> int:
+        return 10**9 if self.last is None else self.last + self.memory - self.base
+
     def emit(self, row: int, token: int, log_prob: float) -> None:
-        self.context, self.last = (self.context[1], token), self.base + row
+        older = START[1] if row >= self.expires() else self.context[1]
+        self.context, self.last = (older, token), self.base + row
         if self.graph is not None:
             self.node = self.graph.step(self.node, token)[1]
         self.log.append(("token", self.base + row, token))
@@ -59,11 +64,12 @@ def frame_by_frame(
     """The definition: one frame at a time, one token at a time, then ask whether the utterance is over."""
     for row in range(len(enc)):
         for _ in range(max_symbols):
-            log_probs = joiner.one(enc[row], stream.context)
+            forgotten = stream.last is not None and row - stream.last >= stream.memory
+            log_probs = joiner.one(enc[row], START if forgotten else stream.context)
             scores = log_probs.copy()
             if stream.graph is not None and stream.bonus is not None:
                 scores[stream.bonus.ids] += stream.bonus.values
-            if stream.last is not None and row - stream.last >= stream.again:
+            if stream.last is not None and row - stream.last >= stream.again and not forgotten:
                 scores[stream.context[1]] += repeat_gain
             token = int(scores.argmax())
             if token == 0:
@@ -107,6 +113,7 @@ def search(
     boosted=st.booleans(),
     again=st.integers(1, 5),
     repeat_gain=st.sampled_from([0.0, 1.5, 4.0]),
+    memory=st.integers(1, 20),
 )
 def test_equals_frame_by_frame(
     seed: int,
@@ -118,13 +125,14 @@ def test_equals_frame_by_frame(
     boosted: bool,
     again: int,
     repeat_gain: float,
+    memory: int,
 ) -> None:
     joiner = ToyJoiner(seed, blank=0.5)
     graph = BoostGraph([((1, 2, 3), 1.0), ((2, 4), 0.7)], joiner.vocabulary) if boosted else None
     encs = [rows_of(seed + k, n) for k, n in enumerate(frames)]
 
     def fresh(k: int) -> Stream:
-        return Stream(silence=silence + k, longest=longest + k, graph=graph, again=again)
+        return Stream(silence=silence + k, longest=longest + k, graph=graph, again=again, memory=memory)
 
     streams = [fresh(k) for k in range(len(encs))]
     expected = [frame_by_frame(joiner, enc, fresh(k), max_symbols, repeat_gain) for k, enc in enumerate(encs)]
