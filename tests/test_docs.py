@@ -299,7 +299,7 @@ def test_examples_run(
     video, image = ".video(" in code, ".image(" in code
     assert (addresses, recordings) == (1, 0 if video or image else 1)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "sketch.png").write_bytes(picture())
+    (tmp_path / "sketch.png").write_bytes(picture(len(code)))  # that no other example has
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})
     output = capsys.readouterr().out
     if image:
