@@ -174,20 +174,22 @@ class EasyControlEngine:
         return current.grid, current.condition_tokens
 
     def step(self, sessions: Sequence[ImageSession], on_stage: StageTimer) -> list[list[ImageEvent]]:
-        """Advance sessions of one key by one step."""
-        events = [session.begin() for session in sessions]
+        """Advance sessions of one key by one step.
+
+        Receipts are made last: a step that fails is tried again session by session.
+        """
         first = sessions[0].current
         if first is None or not first.ready:
-            for session, found in zip(sessions, events, strict=True):
-                found += session.prepare(on_stage)
-            return events
+            told = [session.prepare(on_stage) for session in sessions]
+            return [[*session.begin(), *found] for session, found in zip(sessions, told, strict=True)]
         rows = [session.row() for session in sessions]
         begun = time.perf_counter()
         velocities = self._parts.velocities(rows, first.grid)
         on_stage("denoise", time.perf_counter() - begun, len(rows))
-        for session, found, velocity in zip(sessions, events, velocities, strict=True):
-            found += session.advance(velocity)
-        return events
+        return [
+            [*session.begin(), *session.advance(velocity)]
+            for session, velocity in zip(sessions, velocities, strict=True)
+        ]
 
 
 def load(

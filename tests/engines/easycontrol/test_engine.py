@@ -305,3 +305,33 @@ def test_what_fails_beside_steps_ends_the_session_only(small: Small) -> None:
         small.play(session)
     session.close()
     assert len(images(small.play(other)[other])) == 1
+
+
+def test_a_step_that_failed_loses_no_receipt(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor repeats such a step for each session alone."""
+    parts = small.engine._parts
+    sessions = [small.open(), small.open()]
+    for session in sessions:
+        session.push(WANTED)
+
+    def broken(*arguments: object) -> object:
+        raise OSError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "prompt", broken)
+        with pytest.raises(OSError, match="no memory"):
+            small.engine.step(sessions[:1], small.on_stage)
+    small.play(*sessions, until=lambda: all(s.current is not None and s.current.ready for s in sessions))
+    again = [small.open(), small.open()]
+    for session in again:
+        session.push(WANTED)
+        receipt, ready = small.engine.step([session], small.on_stage)[0]
+        assert receipt == Applied("one", 0)
+        assert isinstance(ready, Conditioned)
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "velocities", broken)
+        with pytest.raises(OSError, match="no memory"):
+            small.engine.step(again, small.on_stage)
+    assert [session.current.step for session in again if session.current is not None] == [0, 0]
+    events = small.play(*again)
+    assert [len(images(events[session])) for session in again] == [1, 1]
