@@ -1,4 +1,4 @@
-"""`realtide demo`: everything once, in half a minute: serve, transcribe, generate a video, measure."""
+"""`realtide demo`: everything once, in half a minute: serve, transcribe, generate, draw, measure."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ _VIDEO: _Figures = (
     ("realtide_frames_total", {"stage": "delivered"}, "frames delivered"),
     ("realtide_deadline_misses_total", {}, "deadlines missed"),
 )
+_IMAGE: _Figures = (
+    ("realtide_images_total", {}, "images made"),
+    ("realtide_condition_cache_misses_total", {}, "conditions computed"),
+)
 _BOTH: _Figures = (
     ("realtide_session_capacity", {}, "slots"),
     ("realtide_slots_leaked", {}, "slots leaked"),
@@ -64,16 +68,16 @@ def command(
     ] = None,
     bundle: Annotated[
         list[str] | None,
-        typer.Option(help="Model bundle. Repeatable. Default: the first of speech and of video in ./models."),
+        typer.Option(help="Model bundle. Repeatable. Default: the first of each kind in ./models."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for the clip. Default: a new temporary one.")
     ] = None,
 ) -> None:
-    """Start a server, transcribe a recording as it is spoken, generate a clip whose prompt changes; measure.
+    """Start a server, transcribe a recording as it is spoken, generate a clip, draw from a sketch; measure.
 
-    The clip is written as MP4 and as a contact sheet. With bundles of one kind only, the other half is left
-    out.
+    The clip is written as MP4 and as a contact sheet, images beside their sketch. Kinds without a bundle are
+    left out.
 
     Example: realtide demo tests/data/audio/coffee-mocha.flac --out /tmp
     """
@@ -111,6 +115,7 @@ def _bundles(named: list[str]) -> list[Path]:
 async def _run(file: Path | None, named: list[str], directory: Path | None) -> None:
     from rich.console import Console
 
+    from realtide.cli.demo_image import draw
     from realtide.cli.own_server import own_server
     from realtide_client import connect
 
@@ -126,14 +131,18 @@ async def _run(file: Path | None, named: list[str], directory: Path | None) -> N
         kinds = {model.WhichOneof("kind") for model in await client.models()}
         if "speech" in kinds:
             await _speech(out, client, file or _recording())
-        if "video" in kinds:
+        if kinds & {"video", "image"}:
             if directory is None:
                 directory = Path(tempfile.mkdtemp(prefix="realtide-demo-"))
             directory.mkdir(parents=True, exist_ok=True)
-            await _video(out, client, server, directory)
+            if "video" in kinds:
+                await _video(out, client, server, directory)
+            if "image" in kinds:
+                _rows(out, *((what, _ms(seconds)) for what, seconds in await draw(out, client, directory)))
         metrics = await asyncio.to_thread(read_metrics, server.metrics_url)
     out.print(f"\n[dim]From {server.metrics_url}:[/]")
-    shown = (*(_SPEECH if "speech" in kinds else ()), *(_VIDEO if "video" in kinds else ()), *_BOTH)
+    parts = {"speech": _SPEECH, "video": _VIDEO, "image": _IMAGE}
+    shown = tuple(figure for kind, part in parts.items() if kind in kinds for figure in part) + _BOTH
     for name, value in figures(metrics, shown):
         out.print(f"[dim]  {name:<44}{value:>16}[/]")
 

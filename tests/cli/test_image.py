@@ -81,3 +81,13 @@ def test_a_preview_is_a_picture_of_its_own_size(run: Run, image_bundle: Path, tm
     done = run("image", "-p", "a frog", "--preview", "--out", out, "--bundle", image_bundle)
     assert (done.code, done.out) == (0, "")
     assert Image.open(io.BytesIO(out.read_bytes())).size == (32, 32)
+
+
+def test_the_demo_draws_from_a_sketch(run: Run, image_bundle: Path, tmp_path: Path) -> None:
+    done = run("demo", "--bundle", image_bundle, "--out", tmp_path / "made")
+    assert done.code == 0, done.err
+    assert "Drawing two images from one sketch (canny)" in done.out
+    assert "first preview, after the images were asked for" in done.out
+    assert "images made                                                2" in done.out
+    with Image.open(tmp_path / "made" / "images.png") as sheet:
+        assert sheet.size == (3 * 128, 128)
