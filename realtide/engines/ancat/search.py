@@ -150,11 +150,10 @@ def greedy(
             np.array([cursor.stream.context for cursor in active], np.int64), lengths, axis=0
         )
         starts = np.concatenate(([0], np.cumsum(lengths)))
-        for cursor, end in zip(active, starts[1:], strict=True):
-            # Rows next_row .. cursor.end - 1 end before `end`.
-            late = cursor.end - max(cursor.stream.expires(), cursor.next_row)
-            if late > 0:
-                contexts[end - late : end] = START
+        late = [cursor.end - max(cursor.stream.expires(), cursor.next_row) for cursor in active]
+        if max(late) > 0:  # the last rows of some streams
+            expired = [(end - n, n) for end, n in zip(starts[1:].tolist(), late, strict=True) if n > 0]
+            contexts[_ranges(*zip(*expired, strict=True))] = START
         log_probs = joiner(rows, contexts)
         scores = _boosted(log_probs, active, lengths, repeat_gain)
         best = scores.argmax(axis=1)
