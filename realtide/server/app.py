@@ -36,7 +36,7 @@ from realtide_client.v1 import image_pb2_grpc, models_pb2_grpc, speech_pb2_grpc,
 log = logging.getLogger(__name__)
 
 _LAG_INTERVAL = 0.05
-_SWITCH_INTERVAL = 0.0005
+_SWITCH_INTERVAL = 0.0001
 _DRAIN_POLL = 0.02
 _LONG = 1e6
 _GC_THRESHOLDS = (10_000, 10, 10)  # a message makes a dozen objects that the collector counts
