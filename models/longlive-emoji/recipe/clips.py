@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,11 @@ class Shard:
     plan: Plan
     latents: NDArray[np.float16]
     clips: list[dict[str, Any]]
+
+    def only(self, objects: Collection[str]) -> Shard:
+        """The clips of some objects."""
+        kept = [index for index, clip in enumerate(self.clips) if clip["object"] in objects]
+        return Shard(self.plan, self.latents[kept], [self.clips[index] for index in kept])
 
 
 def load_shards(directory: Path) -> list[Shard]:

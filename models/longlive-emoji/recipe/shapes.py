@@ -17,6 +17,8 @@ from realtide.engines.longlive.config import (
 
 LATENT = 8
 """Channels of the latents."""
+PATCH = 2
+"""Latent pixels of a token, each way."""
 
 
 def vae_config(mean: Sequence[float] = (), std: Sequence[float] = ()) -> VaeConfig:
@@ -51,15 +53,16 @@ def video_config() -> VideoConfig:
     side = SIZE // vae_config().spatial_scale
     return VideoConfig(
         TransformerConfig(
-            layers=4,
+            layers=6,
             dim=160,
             heads=2,
             ff_dim=512,
             freq_dim=64,
             channels=LATENT,
-            patch=2,
+            patch=PATCH,
             text_dim=text_config().dim,
             text_tokens=TOKENS,
+            places=(side // PATCH) ** 2,
         ),
         StreamConfig(
             height=side,

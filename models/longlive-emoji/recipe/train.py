@@ -24,12 +24,14 @@ import torch
 import torch.distributed as dist
 from clips import BLOCKS, PLANS, Shard, load_shards, load_vae, normed
 from judge import Judge
+from numpy.typing import NDArray
 from optim import Muon
 from pairs import build, mean_gradients, save
 from play import Writer, follow_rate
 from prompts import Triple, held_out, paraphrase
 from scene import BLOCK, DRAWN, Sprites
 from shapes import video_config
+from streams import Streams, layouts
 from torch import Tensor
 
 from realtide.engines.longlive import schedule, transformer
@@ -67,10 +69,16 @@ class Trainer:
         self._blocks = blocks
         self._window = Packed(config, layout(config, WINDOW, (), 1))
         self._single = Packed(config, layout(config, 1, (), 1))
+        self._streams = [Packed(config, entries) for entries in layouts(config, 2)]
         stored = np.load(firsts)
         told = [tuple(triple) for triple in json.loads(str(stored["triples"]))]
         kept = [index for index, triple in enumerate(told) if triple[0] in DRAWN]
         self._firsts, self._told = stored["latents"][kept], [told[index] for index in kept]
+
+    @property
+    def firsts(self) -> tuple[NDArray[np.float16], list[Triple]]:
+        """First blocks and what they show."""
+        return self._firsts, self._told
 
     def batch(self, rng: np.random.Generator, shards: Sequence[Shard], size: int) -> tuple[Shard, list[int]]:
         """Clips of one plan."""
@@ -166,6 +174,26 @@ class Trainer:
         weight = torch.from_numpy(sigmas).float()
         return ((flow - targets).square().flatten(2).mean(2) * weight)[wanted].mean()
 
+    def stream_loss(
+        self, rng: np.random.Generator, model: WanTransformer, streams: Streams, size: int
+    ) -> Tensor:
+        """The same for the next block of endless streams that the model makes itself."""
+        turn = streams.step(model, self._told_to_text, size)
+        packed = self._streams[turn.switched]
+        text = self.writer.embed(turn.prompts)
+        blocks = torch.cat([turn.context, turn.real[:, None]], 1)
+        given = {blocks.shape[1] - 1: turn.given}
+        inputs, targets, sigmas = self._entries(rng, packed.entries, blocks, blocks, given)
+        wide = torch.from_numpy(schedule.sinusoid(schedule.TABLE * sigmas, model.config.freq_dim))
+        flow = packed.flow(model, inputs, wide, text).float()
+        counted = [entry.kind == "noisy" for entry in packed.entries]
+        weight = torch.from_numpy(sigmas).float()
+        return ((flow - targets).square().flatten(2).mean(2) * weight)[:, counted].mean()
+
+    @torch.no_grad()
+    def _told_to_text(self, prompts: Sequence[Sequence[str]]) -> Tensor:
+        return self.writer.embed(prompts)
+
     def _entries(
         self,
         rng: np.random.Generator,
@@ -187,8 +215,9 @@ class Trainer:
                 continue
             if block not in copies:
                 # No level twice for the same block.
+                count = sum(other.kind == "noisy" and other.block == block for other in entries)
                 copies[block] = np.stack(
-                    [rng.choice(len(self._sigmas), COPIES, replace=False, p=LEVELS) for _ in range(size)]
+                    [rng.choice(len(self._sigmas), count, replace=False, p=LEVELS) for _ in range(size)]
                 )
             steps, copies[block] = copies[block][:, 0], copies[block][:, 1:]
             level = self._sigmas[steps]
@@ -242,6 +271,10 @@ def main() -> None:
     parse.add_argument("--rollouts", type=float, default=0.0, help="share of steps")
     parse.add_argument("--firsts", type=int, default=10, help="first blocks in each step")
     parse.add_argument("--windows", type=float, default=0.0, help="share of steps with windows of many clips")
+    parse.add_argument("--drawn", action="store_true", help="of all clips only those of scene.DRAWN")
+    parse.add_argument("--keep", type=float, default=0.98, help="of the averaged weights, a step")
+    parse.add_argument("--streams", type=float, default=0.0, help="share of steps with endless own streams")
+    parse.add_argument("--pool", type=int, default=12, help="streams of each process")
     parse.add_argument("--cool", type=float, default=0.4, help="share of steps, the last, that cool down")
     parse.add_argument("--judge-every", type=int, default=150, help="steps")
     parse.add_argument("--seed", type=int, default=1)
@@ -259,7 +292,9 @@ def main() -> None:
     model, text = build()
     if args.begin:
         saved = torch.load(args.begin, weights_only=True)["weights"]
-        model.load_state_dict(saved["transformer"])
+        absent, extra = model.load_state_dict(saved["transformer"], strict=False)
+        if extra or set(absent) - {"place_embedding"}:  # places of nothing yet
+            raise ValueError(f"{args.begin}: not the weights of this transformer: {[*absent, *extra]}")
         text.load_state_dict(saved["text"])
     torch.manual_seed(1000 * args.seed + worker)
     config = video_config()
@@ -269,17 +304,23 @@ def main() -> None:
     optimizer = Muon(both.named_parameters(), args.rate, plain=PLAIN)
     parameters = list(both.parameters())
     averaged = {name: value.clone() for name, value in both.state_dict().items()}
-    vae, judge = load_vae(args.vae), Judge(Sprites(args.icons))
+    vae, sprites = load_vae(args.vae), Sprites(args.icons)
+    judge = Judge(sprites)
+    streams = Streams(config, sprites, vae, trainer.firsts, args.pool, rng) if args.streams else None
     unseen = sorted(triple for triple in held_out() if triple[0] in DRAWN)
     shards, losses, begun = load_shards(args.clips), [], time.perf_counter()
     for step in range(args.steps):
         if step % 100 == 0:
             shards = load_shards(args.clips)  # encoding may still go on
+            if args.drawn:
+                shards = [shard.only(DRAWN) for shard in shards]
         left = (args.steps - step) / max(1.0, args.cool * args.steps)
         scale = min(1.0, (step + 1) / 60, 0.02 + 0.98 * left)
         shard, chosen = trainer.batch(rng, shards, max(1, args.batch // 2))  # whole clips are longer
         with torch.autocast("cpu", torch.bfloat16):
-            if kinds.random() < args.windows:
+            if streams and kinds.random() < args.streams:
+                loss = trainer.stream_loss(rng, model, streams, max(1, args.batch - 1))
+            elif kinds.random() < args.windows:
                 loss = trainer.window_loss(rng, model, shards, args.batch)
             else:
                 loss = trainer.loss(rng, model, shard, chosen, rollout=kinds.random() < args.rollouts)
@@ -290,7 +331,7 @@ def main() -> None:
             mean_gradients(parameters, workers)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step(scale)
-        keep = 0.98 if args.begin else min(0.98, step / (step + 10))
+        keep = min(args.keep, step / (step + 10))
         with torch.no_grad():
             for name, value in both.state_dict().items():
                 averaged[name].lerp_(value, 1 - keep)
@@ -299,7 +340,8 @@ def main() -> None:
             raise ValueError(f"step {step}: loss is not finite")
         if worker == 0 and step % 25 == 24:
             seconds, clips = time.perf_counter() - begun, sum(len(s.clips) for s in shards)
-            print(f"{step + 1} {seconds:.0f}s loss {np.mean(losses[-25:]):.4f} of {clips}", flush=True)
+            fared = f"; streams {streams.report()}" if streams else ""
+            print(f"{step + 1} {seconds:.0f}s loss {np.mean(losses[-25:]):.4f} of {clips}{fared}", flush=True)
         if worker == 0 and ((step + 1) % args.judge_every == 0 or step + 1 == args.steps):
             own = {name: value.clone() for name, value in both.state_dict().items()}
             both.load_state_dict(averaged)

@@ -17,7 +17,13 @@ Rotary = Literal["absolute", "relative"]
 
 @dataclass(frozen=True, slots=True)
 class TransformerConfig(Section):
-    """The Wan diffusion transformer. A token is a patch of `patch` x `patch` latent pixels of one frame."""
+    """The Wan diffusion transformer. A token is a patch of `patch` x `patch` latent pixels of one frame.
+
+    Attributes:
+        places: tokens of a frame that each have a learned embedding of their place; 0: none, as in Wan.
+            Rotary embedding tells tokens apart by distance only: where everything looks alike, a small model
+            does not know where in the frame it is (ours).
+    """
 
     section = "transformer"
 
@@ -31,9 +37,10 @@ class TransformerConfig(Section):
     text_dim: int = 4096
     text_tokens: int = 512
     eps: float = 1e-6
+    places: int = 0
 
     def __post_init__(self) -> None:
-        names = [f.name for f in fields(self) if f.name != "eps"]
+        names = [f.name for f in fields(self) if f.name not in ("eps", "places")]
         self.at_least_one(*names)
         if self.dim % self.heads:
             raise ValueError(
@@ -207,6 +214,11 @@ class VideoConfig:
                     f"stream.{name} ({size}) must be a multiple of transformer.patch"
                     f" ({self.transformer.patch})"
                 )
+        if self.transformer.places not in (0, self.frame_tokens):
+            raise ValueError(
+                f"transformer.places must be 0 or a frame's {self.frame_tokens} tokens,"
+                f" got {self.transformer.places!r}"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -162,10 +162,17 @@ class Packed:
         queries = _rotate(torch.unflatten(queries, 0, (-1, count)), self._own).flatten(0, 1)
         turned = _rotate(torch.unflatten(keys, 0, (-1, count))[:, self._sources], self._turned)
         # [B, E, slots, tokens, H, d] -> [B * E, window, H, d]
-        seen = turned[:, self._keys].flatten(2, 3).flatten(0, 1)
-        held = torch.unflatten(values, 0, (-1, count))[:, self._values].flatten(2, 3).flatten(0, 1)
+        # Whole entries at once: its gradient is a sum of rows, where that of an index is one of elements.
+        seen = _gather(turned, self._keys)
+        held = _gather(torch.unflatten(values, 0, (-1, count)), self._values)
         hidden = self._hidden.to(seen.dtype).repeat(len(queries) // count, 1, 1, 1)
         return attend_plainly(queries.transpose(1, 2), seen.transpose(1, 2), held.transpose(1, 2), hidden)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows [E, slots] of x [B, R, tokens, H, d], next to each other: [B * E, slots * tokens, H, d]."""
+    rows = x.index_select(1, index.flatten())
+    return torch.unflatten(rows, 1, index.shape).flatten(2, 3).flatten(0, 1)
 
 
 def attend_plainly(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:

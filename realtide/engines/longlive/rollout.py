@@ -77,10 +77,10 @@ class Rollout:
 
     @torch.no_grad()
     def remember(self, latents: Tensor) -> None:
-        """Take a block's clean latents [B, block, C, height, width] into the cache."""
+        """Take clean latents [B, n * block, C, height, width] into the cache; blocks see each other."""
         _, made = self._pass(latents, self._config.stream.context_noise, self._context())
         self._held += made
-        self.latents.append(latents)
+        self.latents += torch.unflatten(latents, 1, (-1, self._config.stream.block)).unbind(1)
 
     def _context(self) -> list[Layers]:
         count = len(self._held)

@@ -177,6 +177,8 @@ class WanTransformer(nn.Module):
         self.config = config
         patch = (1, config.patch, config.patch)
         self.patch_embedding = nn.Conv3d(config.channels, config.dim, kernel_size=patch, stride=patch)
+        if config.places:
+            self.place_embedding = nn.Parameter(torch.zeros(config.places, config.dim))
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, config.dim),
             nn.GELU(approximate="tanh"),
@@ -195,7 +197,8 @@ class WanTransformer(nn.Module):
         # A patch covers one frame: a 2-D convolution over all frames.
         weight = self.patch_embedding.weight[:, :, 0]
         patches = F.conv2d(latents.flatten(0, 1), weight, self.patch_embedding.bias, self.config.patch)
-        return torch.unflatten(patches.flatten(2).transpose(1, 2), 0, (batch, -1))
+        tokens = torch.unflatten(patches.flatten(2).transpose(1, 2), 0, (batch, -1))
+        return tokens + self.place_embedding if self.config.places else tokens
 
     def embed_time(self, sinusoids: Tensor) -> tuple[Tensor, Tensor]:
         """Sinusoids [B, F, freq_dim] -> (embedded time [B, F, D], modulation [B, F, 6, D])."""

@@ -31,15 +31,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def video_config(**stream: object) -> VideoConfig:
-    """Two layers, blocks of 2, a window of 6 frames of which 2 are the sink."""
+def video_config(*, places: int = 0, **stream: object) -> VideoConfig:
+    """Two layers, blocks of 2 frames of 6 tokens, a window of 6 frames of which 2 are the sink."""
     values = {"height": 4, "width": 6, "block": 2, "window": 6, "sink": 2, "steps": (1000, 500)} | stream
-    return VideoConfig(
-        TransformerConfig(
-            layers=2, dim=24, heads=2, ff_dim=40, freq_dim=16, channels=4, text_dim=10, text_tokens=5
-        ),
-        StreamConfig.from_dict(values),
-    )
+    model = TransformerConfig(
+        layers=2, dim=24, heads=2, ff_dim=40, freq_dim=16, channels=4, text_dim=10, text_tokens=5,
+        places=places,
+    )  # fmt: skip
+    return VideoConfig(model, StreamConfig.from_dict(values))
 
 
 def transformer(config: VideoConfig) -> WanTransformer:

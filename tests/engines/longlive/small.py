@@ -33,7 +33,7 @@ OPTIONS = VideoOptions("one", 24, 16, 16.0, seed=5)
 class Small:
     """An engine over PyTorch modules."""
 
-    def __init__(self, slots: int = 4, caches: int | None = None, **stream: object) -> None:
+    def __init__(self, slots: int = 4, caches: int | None = None, **stream: Any) -> None:
         self.player = Player(video_config(**({"rotary": "relative"} | stream)))
         self.config: VideoConfig = self.player.config
         torch.manual_seed(3)

@@ -91,3 +91,10 @@ def test_a_session_at_832x480_needs_about_four_gigabytes_in_16_bits() -> None:
     video = VideoConfig(TransformerConfig(), StreamConfig())
     assert session_bytes(video, vae, itemsize=2) == cache + prompt + features + latents + text
     assert 0.5e9 < features < 2e9
+
+
+@pytest.mark.parametrize("places", [-1, 5, 7, 12])
+def test_places_are_a_frame_s_tokens_or_none(places: int) -> None:
+    assert video_config(places=6).transformer.places == video_config().frame_tokens == 6
+    with pytest.raises(ValueError, match=r"transformer\.places must be 0 or a frame's 6 tokens"):
+        video_config(places=places)

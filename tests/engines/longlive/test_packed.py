@@ -16,9 +16,9 @@ BLOCKS = 8
 SEED = 5
 
 
-@pytest.fixture(scope="module")
-def player() -> Player:
-    return Player(video_config(rotary="relative", window=8))
+@pytest.fixture(scope="module", params=[0, 6], ids=["Wan", "places"])
+def player(request: pytest.FixtureRequest) -> Player:
+    return Player(video_config(rotary="relative", window=8, places=request.param))
 
 
 def served(player: Player, switches: tuple[int, ...]) -> tuple[list[Array], list[list[Array]]]:
