@@ -24,6 +24,7 @@ from shapes import text_config, vae_config, video_config
 
 from realtide.bundle import MANIFEST, write_manifest
 from realtide.engines.longlive import export, torch_programs
+from realtide.engines.longlive.int8 import quantize_passes
 from realtide.engines.longlive.programs import Passes, Stages
 from realtide.engines.longlive.text import TextEncoder
 from realtide.engines.longlive.transformer import WanTransformer
@@ -64,11 +65,30 @@ def write_graphs(out: Path, mean: list[float], std: list[float]) -> dict[str, Pa
         "denoise": passes.denoise,
         "clean": passes.clean,
         "recache": passes.recache,
+        **{f"{name}.int8": path for name, path in quantized(passes).items()},
         "decode_first": decoder.first,
         "decode_next": decoder.later,
         "encode_first": encoder.first,
         "encode_next": encoder.later,
         "text": export.export_text(text, directory / "text.onnx", prefix="text."),
+    }
+
+
+def quantized(passes: Passes[Path]) -> dict[str, Path]:
+    """The int8 graphs of those passes that have one; they ask for the same weights."""
+    made = quantize_passes(passes)
+    return {"denoise": made.denoise, "clean": made.clean, "recache": made.recache}
+
+
+def programs(graphs: dict[str, Path], out: Path) -> dict[str, dict[str, str]]:
+    """The manifest's table; a program without an int8 graph has its float one there."""
+    names = [name for name in graphs if not name.endswith(".int8")]
+    return {
+        name: {
+            "float32": graphs[name].relative_to(out).as_posix(),
+            "int8": graphs.get(f"{name}.int8", graphs[name]).relative_to(out).as_posix(),
+        }
+        for name in names
     }
 
 
@@ -145,11 +165,9 @@ def main() -> None:
                 "text": text_config().to_dict(),
                 "video": {"frames_per_second": FRAMES_PER_SECOND},
             },
-            "precisions": ["float32"],
+            "precisions": ["float32", "int8"],
             "weights": "weights.safetensors",
-            "programs": {
-                name: {"float32": path.relative_to(args.out).as_posix()} for name, path in graphs.items()
-            },
+            "programs": programs(graphs, args.out),
             "assets": {"tokenizer": "tokenizer.model"},
             "scores": scores,
             "provenance": {

@@ -2,9 +2,9 @@
 
 A stream is continued block by block with the few-step sampler. For each block the scene is rendered as it
 would go on from where the emoji is in the stream's own picture, and encoded: that is what the block should
-have been. So the model learns the real continuation of its own context from its own noisy latents, however long
-the stream has been going. Streams begin where the window has left the sink behind; the sink keeps the prompt
-that it had then.
+have been. So the model learns the real continuation of its own context from its own noisy latents, however
+long the stream has been going. Streams begin where the window has left the sink behind; the sink keeps the
+prompt that it had then.
 """
 
 from __future__ import annotations
