@@ -28,9 +28,10 @@ from scene import (
     Float32,
     Float64,
     Sprites,
+    frames_of,
     track,
     wrapped,
-)  # fmt: skip
+)
 from torch import Tensor
 
 from realtide.engines.longlive.config import VideoConfig
@@ -119,6 +120,23 @@ class Turn:
     given: Tensor
 
 
+@dataclass(frozen=True)
+class Start:
+    """Videos from their first block on: of B videos.
+
+    Attributes:
+        prompts: [B][1].
+        context: the blocks that were generated [B, n, block, C, height, width].
+        real: what they should have been.
+        given: by block, what the sampler's passes were given [B, steps, block, C, height, width].
+    """
+
+    prompts: list[list[str]]
+    context: Tensor
+    real: Tensor
+    given: dict[int, Tensor]
+
+
 class Streams:
     """A pool of streams.
 
@@ -200,6 +218,45 @@ class Streams:
             self._pool[index] = self._advance(stream, one.numpy(), target.numpy(), end)
         return turn
 
+    def young(self, model: WanTransformer, embed: Embed, size: int, blocks: int) -> Start:
+        """Begin some videos from nothing and generate their first blocks. Nothing is differentiated.
+
+        A stream of the pool never shows the first blocks, where the window is not full and the sink is the
+        model's own.
+        """
+        pairs = [pair for pair, motions in self._allowed.items() if motions]
+        names = [pairs[index] for index in self._rng.integers(len(pairs), size=size)]
+        triples = [(name, self._motion(name, background), background) for name, background in names]
+        prompts = [[paraphrase(self._rng, triple)] for triple in triples]
+        clips = [
+            np.concatenate([np.array([START]), track(np.array(START), [motion] * (frames_of(1) - 1))])
+            for _, motion, _ in triples
+        ]
+        run = Rollout(model, self._config)
+        run.set_prompt(embed(prompts)[:, 0])
+        shape = (size, BLOCK, *self._config.latent_shape)
+        made, real, given = [], [], []
+        for block in range(blocks):
+            if block:
+                clips = [
+                    np.concatenate([clip, track(clip[-1], [motion] * BLOCK_FRAMES)])
+                    for clip, (_, motion, _) in zip(clips, triples, strict=True)
+                ]
+            due = [
+                encode(self._vae, self._frames(triple, clip))[-BLOCK:].astype(np.float32)
+                for triple, clip in zip(triples, clips, strict=True)
+            ]
+            latents, passes = run.block([torch.randn(shape) for _ in self._config.stream.steps])
+            run.remember(latents)
+            made.append(latents.float())
+            given.append(torch.stack(passes, 1))
+            real.append(torch.from_numpy(np.stack(due)))
+            for index, (one, target) in enumerate(zip(made[-1].numpy(), due, strict=True)):
+                lost, shift = apart(one, target)
+                if not lost and np.hypot(*shift) > NEAR:
+                    clips[index] = (clips[index] + shift) % SIZE
+        return Start(prompts, torch.stack(made, 1), torch.stack(real, 1), dict(enumerate(given)))
+
     def _real(self, streams: list[Stream]) -> tuple[Tensor, list[Float64]]:
         frames, ends = [], []
         for stream in streams:
@@ -229,10 +286,7 @@ class Streams:
     def _advance(self, stream: Stream, made: Float32, real: Float32, positions: Float64) -> Stream:
         """The stream with its new block, and the scene where the picture has the emoji."""
         rng = self._rng
-        (amount, place), (due, wanted) = look(made[-1]), look(real[-1])
-        low, high = SEEN
-        lost = not low <= amount / due <= high
-        shift = wrapped((place - wanted) * SIZE / made.shape[-1])
+        lost, shift = apart(made, real)
         self.done += 1
         self.lost += lost
         self.off += 0.0 if lost else float(np.hypot(*shift))
@@ -251,6 +305,13 @@ class Streams:
         text = f"lost {self.lost / done:.3f} off {self.off / kept:.2f} px age {ages:.0f}"
         self.lost, self.off, self.done = 0, 0.0, 0
         return text
+
+
+def apart(made: Float32, real: Float32) -> tuple[bool, Float64]:
+    """Whether a block [block, C, height, width] ends without its emoji, and how far that is off [pixels]."""
+    (amount, place), (due, wanted) = look(made[-1]), look(real[-1])
+    low, high = SEEN
+    return not low <= amount / due <= high, wrapped((place - wanted) * SIZE / made.shape[-1])
 
 
 def look(latents: Float32) -> tuple[float, Float64]:

@@ -190,6 +190,20 @@ class Trainer:
         weight = torch.from_numpy(sigmas).float()
         return ((flow - targets).square().flatten(2).mean(2) * weight)[:, counted].mean()
 
+    def young_loss(
+        self, rng: np.random.Generator, model: WanTransformer, streams: Streams, size: int
+    ) -> Tensor:
+        """The same for the first blocks of videos that the model makes itself."""
+        start = streams.young(model, self._told_to_text, size, WINDOW)
+        packed = self._window
+        text = self.writer.embed(start.prompts)
+        inputs, targets, sigmas = self._entries(rng, packed.entries, start.real, start.context, start.given)
+        wide = torch.from_numpy(schedule.sinusoid(schedule.TABLE * sigmas, model.config.freq_dim))
+        flow = packed.flow(model, inputs, wide, text).float()
+        counted = [entry.kind == "noisy" for entry in packed.entries]
+        weight = torch.from_numpy(sigmas).float()
+        return ((flow - targets).square().flatten(2).mean(2) * weight)[:, counted].mean()
+
     @torch.no_grad()
     def _told_to_text(self, prompts: Sequence[Sequence[str]]) -> Tensor:
         return self.writer.embed(prompts)
@@ -274,6 +288,7 @@ def main() -> None:
     parse.add_argument("--drawn", action="store_true", help="of all clips only those of scene.DRAWN")
     parse.add_argument("--keep", type=float, default=0.98, help="of the averaged weights, a step")
     parse.add_argument("--streams", type=float, default=0.0, help="share of steps with endless own streams")
+    parse.add_argument("--young", type=float, default=0.0, help="share of steps with own first blocks")
     parse.add_argument("--pool", type=int, default=12, help="streams of each process")
     parse.add_argument("--cool", type=float, default=0.4, help="share of steps, the last, that cool down")
     parse.add_argument("--judge-every", type=int, default=150, help="steps")
@@ -318,7 +333,9 @@ def main() -> None:
         scale = min(1.0, (step + 1) / 60, 0.02 + 0.98 * left)
         shard, chosen = trainer.batch(rng, shards, max(1, args.batch // 2))  # whole clips are longer
         with torch.autocast("cpu", torch.bfloat16):
-            if streams and kinds.random() < args.streams:
+            if streams and kinds.random() < args.young:
+                loss = trainer.young_loss(rng, model, streams, max(1, args.batch - 1))
+            elif streams and kinds.random() < args.streams:
                 loss = trainer.stream_loss(rng, model, streams, max(1, args.batch - 1))
             elif kinds.random() < args.windows:
                 loss = trainer.window_loss(rng, model, shards, args.batch)
