@@ -54,7 +54,7 @@ def test_backgrounds_are_as_told(emoji: Callable[[str], Any], player: Any) -> No
         np.testing.assert_allclose(seen, np.array(colour) / 255, atol=0.12)
 
 
-@pytest.mark.parametrize("motion", ["left", "right", "up", "down"])
+@pytest.mark.parametrize("motion", ["left", "right", "up", "down", "clockwise", "counterclockwise", "still"])
 def test_a_clip_follows_its_prompt(emoji: Callable[[str], Any], player: Any, motion: str) -> None:
     """Every block of a clip; areas are compared with each other, as the real emoji is not at hand."""
     judge, play, prompts = emoji("judge"), emoji("play"), emoji("prompts")
@@ -78,3 +78,20 @@ def test_a_new_prompt_turns_the_emoji(emoji: Callable[[str], Any], player: Any) 
     ones = np.ones(len(frames))
     found = [verdict(positions[play.span(block)], ones[play.span(block)]) for block in (1, 3)]
     assert found == ["right", "left"]
+
+
+def test_a_long_stream_keeps_its_emoji(emoji: Callable[[str], Any], player: Any) -> None:
+    """Far beyond the window, with a new prompt on the way."""
+    judge, play, prompts = emoji("judge"), emoji("play"), emoji("prompts")
+    said = [(0, prompts.plain(("heart", "left", "white"))), (16, prompts.plain(("heart", "down", "white")))]
+    blocks = 32
+    frames = player.play(said, blocks, 3)
+    seen = [judge.look(frame) for frame in frames]
+    positions = np.array([one.centroid for one in seen])
+    areas = np.array([one.area for one in seen])
+    assert 0.5 < np.median(areas[-12:]) / np.median(areas[:9]) < 2.0
+    verdict = judge.Judge(None).verdict
+    ones = np.ones(len(frames))
+    found = [verdict(positions[play.span(block)], ones[play.span(block)]) for block in range(blocks)]
+    assert found.count("left") >= 15
+    assert found[16:].count("down") >= 15
