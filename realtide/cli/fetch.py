@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, BinaryIO
 
 import typer
@@ -53,6 +53,16 @@ def command(
     typer.echo(f"{name}: fetched")
 
 
+def _refuse_what_is_no_bundle(tar: tarfile.TarFile) -> None:
+    """Raises TarError for all but files and directories below the place to unpack to."""
+    for member in tar:
+        path = PurePosixPath(member.name)
+        if path.is_absolute() or ".." in path.parts:
+            raise tarfile.TarError(f"{member.name!r} would be outside the destination")
+        if not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name!r} is neither a file nor a directory")
+
+
 def _install(url: str, sha256: str, scratch: Path, into: Path) -> str:
     """Download, check, unpack, check again, and move; the bundle's name."""
     from realtide import bundle
@@ -65,8 +75,10 @@ def _install(url: str, sha256: str, scratch: Path, into: Path) -> str:
     unpacked = scratch / "unpacked"
     try:
         with tarfile.open(archive) as tar:
-            # Refuses absolute paths, links that lead out, devices.
-            tar.extractall(unpacked, filter="data")
+            _refuse_what_is_no_bundle(tar)
+            # Python 3.11 has filters since 3.11.4; those before it take no notice of this.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(unpacked)
     except tarfile.TarError as error:
         raise CommandError(f"{url}: cannot be unpacked: {str(error).splitlines()[0]}") from error
     archive.unlink()

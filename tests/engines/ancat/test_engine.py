@@ -337,7 +337,7 @@ def test_a_session_is_full_when_more_audio_would_not_be_in_its_step(
         ("frontend", {"bins": 1}, "architecture"),
         ("word_times", {"middle": 1}, "architecture"),
         ("search", {"repeat_gain": -1.0}, "repeat_gain must be finite"),
-        ("search", {"repeat_frames": 0}, "repeat_frames at least 1"),
+        ("search", {"repeat_frames": 0}, "repeat_frames and context_frames at least 1"),
         ("search", {"gain": 1.0}, "architecture"),
     ],
 )
