@@ -300,9 +300,10 @@ async def test_who_reads_slowly_slows_only_itself() -> None:
     async with running(engine, max_pending_events=8) as server:
         slow = await server.opened()
         quick = await server.opened()
-        # Each result holds its utterance's words: enough of them fill every buffer on the way to a client.
+        # Each result holds its utterance's words: enough of them fill every buffer on the way to a client,
+        # however far gRPC lets its windows grow.
         words = np.concatenate([np.concatenate([tone(0.04), quiet(0.04)])] * 250)
-        lazy = asyncio.create_task(send(slow, np.concatenate([words] * 6)))
+        lazy = asyncio.create_task(send(slow, np.concatenate([words] * 40)))
         await until(lambda: server.metric("realtide_sessions", state="parked") == 1, 30)
         await send(quick, SPEECH)
         await quick.write(finish())
