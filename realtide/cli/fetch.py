@@ -107,6 +107,9 @@ def _download(url: str, file: BinaryIO) -> str:
             while chunk := reply.read(_CHUNK):
                 digest.update(chunk)
                 file.write(chunk)
+    except urllib.error.HTTPError as error:
+        error.close()  # it is the reply, too
+        raise CommandError(f"{url}: {error.reason}") from error
     except (urllib.error.URLError, http.client.HTTPException) as error:
         raise CommandError(f"{url}: {getattr(error, 'reason', None) or error}") from error
     return digest.hexdigest()
