@@ -1,6 +1,6 @@
 """Streaming front end: audio at the client's rate in, encoder input windows out.
 
-Source: ours, on soxr and kaldi-native-fbank.
+Source: ours, on soxr and `fbank`.
 
 Everything happens in *units* of one encoder frame (four fbank frames, 40 ms). Unit `i` needs the model-rate
 samples [640 i, 640 i + 880) and yields fbank frames 4 i .. 4 i + 3, so its cost and its result do not depend
@@ -17,33 +17,31 @@ model-rate samples give ceil(n / 640) encoder frames. The log-mel values are flo
 digital silence and the empty bands of upsampled telephone audio look like a very quiet room, not like an
 outlier.
 
-An fbank frame is computed from its own 400 samples only. So the extractor gets the frames of all streams of a
-step one after the other, as one signal that it cuts without overlap: one call, which lets the interpreter's
-lock go once, where a call for each stream would have to win it back as often from the threads that serve.
-Copies of single chunks are made by means that keep the lock, for the same reason.
+An fbank frame is computed from its own 400 samples only. So the units of all streams of a step are one array,
+and a few operations on it let the interpreter's lock go a few times, where calls for each stream would have
+to win it back as often from the threads that serve. Copies of single chunks are made by means that keep the
+lock, for the same reason.
 
 The module knows nothing of the encoder but its window shape.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-import kaldi_native_fbank
 import numpy as np
 import numpy.typing as npt
 import soxr
+
+from realtide.engines.ancat.fbank import Fbank
 
 Float32 = npt.NDArray[np.float32]
 
 MIN_SAMPLE_RATE = 8000
 MAX_SAMPLE_RATE = 48000
-_INT16_SCALE = np.float32(32768.0)
-_RENEWED = 1 << 24  # frames after which an extractor is replaced: it counts them in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ class FrontendConfig:
 
 
 class Features:
-    """What streams share: the extractor and the normalisation. Keeps nothing of a stream.
+    """What streams share: the filter banks and the normalisation. Keeps nothing of a stream.
 
     Raises ValueError if `mean` or `std` are not [mel_bins].
     """
@@ -103,8 +101,9 @@ class Features:
         if self._mean.shape != (c.mel_bins,) or self._scale.shape != (c.mel_bins,):
             raise ValueError(f"mean and std must have shape [{c.mel_bins}]")
         self._row_offsets = np.arange(c.window)
-        self._extractor = _new_extractor(c)
-        self._frames = 0  # that it has extracted
+        self._fbank = Fbank(
+            c.sample_rate, c.mel_bins, c.low_freq, c.high_freq, c.shift + c.overlap, c.shift, c.subsampling
+        )
 
     def windows(self, drawn: Sequence[Drawn]) -> Float32:
         """Normalised windows [n, window, mel_bins] of all streams' units, stream by stream.
@@ -112,6 +111,7 @@ class Features:
         Every `Drawn` comes here once, and a stream's in their order.
         """
         c = self.config
+        subsampling, left = c.subsampling, c.left_context
         drawn = [one for one in drawn if one.units]
         if not drawn:
             return np.empty((0, c.window, c.mel_bins), np.float32)
@@ -124,38 +124,32 @@ class Features:
         starts: list[int] = []
         first = place = 0
         for one in drawn:
-            own = rows[first : first + one.units * c.subsampling]
+            size = one.units * subsampling
+            own = rows[first : first + size]
             parts += (one.frontend._last_rows, own)
-            one.frontend._last_rows = own[len(own) - c.left_context :].copy()
-            starts += range(place, place + len(own), c.subsampling)
-            first += len(own)
-            place += len(own) + c.left_context
-        joined = _joined(parts).reshape(-1, c.mel_bins)
-        windows: Float32 = joined[np.array(starts)[:, None] + self._row_offsets]
+            one.frontend._last_rows = own[size - left :].copy()
+            starts += range(place, place + size, subsampling)
+            first += size
+            place += size + left
+        joined = _joined(parts)
+        if len(starts) == len(drawn):  # a unit of each stream, so one window lies behind the other already
+            return joined.reshape(-1, c.window, c.mel_bins)
+        windows: Float32 = joined.reshape(-1, c.mel_bins)[np.array(starts)[:, None] + self._row_offsets]
         return windows
 
     def _rows(self, drawn: Sequence[Drawn]) -> Float32:
         """Log-mel rows [subsampling * units, mel_bins] of all, not normalised."""
         c = self.config
-        length = c.shift + c.overlap
-        audio = (_joined([part for one in drawn for part in one.audio]) * _INT16_SCALE).data
-        frames: list[memoryview] = []
-        place = 0
+        length = c.unit + c.overlap
+        parts: list[memoryview] = []
         for one in drawn:
-            frames += [
-                audio[start : start + length] for start in range(place, place + one.units * c.unit, c.shift)
-            ]
-            place += one.units * c.unit + c.overlap
-        count = len(frames)
-        if self._frames > _RENEWED:
-            self._extractor, self._frames = _new_extractor(c), 0
-        # Such an array crosses pybind11's sequence caster faster than NumPy's, or a list that must be made.
-        self._extractor.accept_waveform(c.sample_rate, array("f", b"".join(frames)))
-        get = self._extractor.get_frame
-        rows = np.concatenate([get(index) for index in range(self._frames, self._frames + count)])
-        self._extractor.pop(count)
-        self._frames += count
-        return rows.reshape(-1, c.mel_bins)
+            if one.units == 1:
+                parts += [part.data for part in one.audio]
+            else:
+                audio = _joined(one.audio).data
+                parts += [audio[start : start + length] for start in range(0, one.units * c.unit, c.unit)]
+        units = np.frombuffer(b"".join(parts), np.float32)
+        return self._fbank.rows(units.reshape(-1, length))
 
 
 @dataclass(slots=True)
@@ -409,16 +403,3 @@ class _Fifo:
 
     def view(self) -> Float32:
         return self._buffer[self._start : self._end]
-
-
-def _new_extractor(config: FrontendConfig) -> kaldi_native_fbank.OnlineFbank:
-    options = kaldi_native_fbank.FbankOptions()
-    options.frame_opts.samp_freq = config.sample_rate
-    options.frame_opts.frame_length_ms = config.frame_ms
-    options.frame_opts.frame_shift_ms = config.frame_ms  # what it gets is cut into frames already
-    options.frame_opts.dither = 0.0
-    options.frame_opts.snip_edges = True
-    options.mel_opts.num_bins = config.mel_bins
-    options.mel_opts.low_freq = config.low_freq
-    options.mel_opts.high_freq = config.high_freq
-    return kaldi_native_fbank.OnlineFbank(options)
