@@ -84,6 +84,8 @@ def test_the_command_prints_a_result_that_says_all(video_bundle: Path, run: Run,
     assert set(result["switch"]) == {"as_fast_as_it_comes", "paced"}
     assert result["silent_neighbour"]["frames_per_second"] > 0
     assert result["long"]["frames"] == 128
+    ratios = result["long"]["end_by_beginning_of_each"]
+    assert result["long"]["end_by_beginning"] == sorted(ratios)[(len(ratios) - 1) // 2]
     assert result["long"]["resident_bytes"][0] > 1 << 24
     shown = "\n".join(lines(result))
     for words in ("delivered by alone", "first frame: p50", "paced: p50", "never reads", "128 frames in one"):
