@@ -115,6 +115,14 @@ class Engine(Protocol):
         """Sessions whose cache was given to another one, and which will come back (metric ``sessions``)."""
         ...
 
+    @property
+    def computes(self) -> tuple[str, str] | None:
+        """Two stages of a step between whose ends it computes without the interpreter's lock; None: never so.
+
+        Only for engines that hold the lock for milliseconds in the rest of a step (see server/turns.py).
+        """
+        ...
+
     def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
         """Called once, before the first session.
 

@@ -31,6 +31,7 @@ from realtide.server.interceptor import MetricsInterceptor
 from realtide.server.loading import load_engines
 from realtide.server.metrics import Metrics
 from realtide.server.models import AnyEngine
+from realtide.server.turns import TurnSelector
 from realtide_client.v1 import image_pb2_grpc, models_pb2_grpc, speech_pb2_grpc, video_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -315,7 +316,8 @@ def run(config: ServerConfig) -> None:
     # the executor wants it back after every graph (docs/server.md has what it gains).
     sys.setswitchinterval(_SWITCH_INTERVAL)
     gc.set_threshold(*_GC_THRESHOLDS)
-    asyncio.run(serve(config))
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(TurnSelector())) as runner:
+        runner.run(serve(config))
 
 
 async def _measure_lag(metrics: Metrics) -> None:

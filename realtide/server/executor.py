@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from realtide.engines.engine import Engine, Session
 from realtide.server.handle import Emitted, Ended, Export, Exported, Failed, Handle
+from realtide.server.turns import TURNS, Turns
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Executor:
         ahead: seconds of media that a session may have waiting.
         events: events that a session's client may leave unread.
         on_failure: called in the event loop if the engine failed as a whole.
+        turns: between this thread and the event loop.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Executor:
         ahead: float,
         events: int,
         on_failure: Callable[[], None] = lambda: None,
+        turns: Turns = TURNS,
     ) -> None:
         self.engine = engine
         self.slots = engine.slots
@@ -68,6 +71,8 @@ class Executor:
         self._ahead = ahead
         self._events = events
         self._on_failure = on_failure
+        self._turns = Turns() if engine.computes is None else turns
+        self._computes = engine.computes or ("", "")
         self._mail: queue.SimpleQueue[Handle | Callable[[], None]] = queue.SimpleQueue()
         self._sessions: set[Handle] = set()
         self._handles: dict[Session, Handle] = {}
@@ -143,17 +148,22 @@ class Executor:
             for handle in list(self._sessions):
                 self._fail(handle, error)
         finally:
+            self._turns.end()
             self._empty()
 
     def _receive(self) -> None:
         """Take all mail; sleep for the first piece if there is nothing else to do."""
         wait = not self._ready
+        if wait:
+            self._turns.end()
         while True:
             try:
                 message = self._mail.get(block=wait)
             except queue.Empty:
                 return
-            wait = False
+            if wait:
+                wait = False
+                self._turns.begin()
             if isinstance(message, Handle):
                 self._attend(message)
             else:
@@ -235,14 +245,22 @@ class Executor:
             self._emit(handle, events)
             # Whether it stays ready is decided anew; its wait starts now.
             self._ready.discard(handle)
-            self._attend(handle)
+            if not handle.rests():
+                self._attend(handle)
 
     def _advance(self, batch: Sequence[Handle]) -> list[list[Any]]:
         sessions = [handle.session for handle in batch if handle.session is not None]
-        results = self.engine.step(sessions, self._hooks.on_stage)
+        results = self.engine.step(sessions, self._on_stage)
         if len(results) != len(batch):
             raise RuntimeError(f"engine gave {len(results)} results for {len(batch)} sessions")
         return results
+
+    def _on_stage(self, stage: str, seconds: float, batch: int) -> None:
+        self._hooks.on_stage(stage, seconds, batch)
+        if stage == self._computes[0]:
+            self._turns.end()
+        elif stage == self._computes[1]:
+            self._turns.begin()
 
     def _isolate(self, batch: Sequence[Handle], error: Exception) -> list[list[Any]]:
         """A step raised `error`: run its sessions one by one, so that only those at fault are lost."""

@@ -199,6 +199,15 @@ class Handle:
         self._taken += cost
         return item
 
+    def rests(self) -> bool:
+        """True if there is nothing to do until input comes, of which the executor will be told."""
+        session = self.session
+        return (
+            session is not None
+            and self.consumes
+            and not (self._items or self.blocked or self._wants_room or session.done or session.runnable())
+        )
+
     def media_next(self) -> bool:
         """True if the next item of input is media, which a step may take together with what came before."""
         return bool(self._items) and self._items[0][1] > 0

@@ -7,14 +7,19 @@ session id, a text or a client's address.
 
 from __future__ import annotations
 
+import math
 import platform
+import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from realtide.server.device_memory import DeviceMemory
 
@@ -143,6 +148,46 @@ class _AtScrape(Collector):
         yield from (sessions, capacity, leaked, cache, rates, memory)
 
 
+class BatchHistogram(Collector):
+    """A histogram by model of what comes many values at a time: one lock for all, no call for each.
+
+    A step of 150 sessions would spend 3 percent of its time on 150 calls of `Histogram.observe`.
+    """
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float]) -> None:
+        self._name, self._text = name, text
+        self._bounds = [*buckets, math.inf]
+        self._names = [floatToGoString(bound) for bound in self._bounds]  # type: ignore[no-untyped-call]
+        self._models: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
+        self._lock = threading.Lock()
+
+    def observe_all(self, labels: tuple[str, str], values: Sequence[float]) -> None:
+        """Record values of the model with these labels; any thread may."""
+        places = [bisect_left(self._bounds, value) for value in values]
+        with self._lock:
+            counts, total = self._of(labels)
+            for place in places:
+                counts[place] += 1
+            total[0] += sum(values)
+
+    def begin(self, labels: tuple[str, str]) -> None:
+        """Expose the model with zeros before its first value."""
+        with self._lock:
+            self._of(labels)
+
+    def _of(self, labels: tuple[str, str]) -> tuple[list[int], list[float]]:
+        return self._models.setdefault(labels, ([0] * len(self._bounds), [0.0]))
+
+    def collect(self) -> Iterable[Metric]:
+        """As a `Histogram` would."""
+        family = HistogramMetricFamily(self._name, self._text, labels=_MODEL)
+        with self._lock:
+            models = {labels: (list(counts), total[0]) for labels, (counts, total) in self._models.items()}
+        for labels, (counts, total) in models.items():
+            family.add_metric(labels, list(zip(self._names, accumulate(counts), strict=True)), total)
+        yield family
+
+
 def resident_bytes() -> int:
     """Resident memory of this process in bytes; 0 where /proc does not exist."""
     try:
@@ -182,7 +227,10 @@ class Metrics:
         self.resume = histogram("resume_seconds", "From a resume message to opened.", _RESUME)
         self.step = histogram("step_seconds", "Time of a step's stages.", _STEP, "stage")
         self.batch = histogram("step_batch_size", "Sessions advanced by one step.", _BATCH)
-        self.queue_wait = histogram("queue_wait_seconds", "From ready to the start of the step.", _STEP)
+        self.queue_wait = BatchHistogram(
+            "realtide_queue_wait_seconds", "From ready to the start of the step.", _STEP
+        )
+        self.registry.register(self.queue_wait)
         self.misses = counter("deadline_misses", "Session steps that ended after their deadline.")
         self.first_partial = histogram(
             "first_partial_seconds",
@@ -285,7 +333,6 @@ class ModelMetrics:
     _stages: dict[str, Histogram] = field(default_factory=dict)
     _audio: Counter = field(init=False)
     _batch: Histogram = field(init=False)
-    _wait: Histogram = field(init=False)
 
     def __post_init__(self) -> None:
         # Counters exist from the start, so that rate() and alerts see the first increment.
@@ -298,7 +345,7 @@ class ModelMetrics:
         # Those of every chunk and every step, found once.
         self._audio = self.metrics.audio.labels(self.engine, self.model)
         self._batch = self.metrics.batch.labels(self.engine, self.model)
-        self._wait = self.metrics.queue_wait.labels(self.engine, self.model)
+        self.metrics.queue_wait.begin((self.engine, self.model))
 
     def observe(self, metric: Histogram, value: float) -> None:
         """Record `value` in one of this model's histograms."""
@@ -345,8 +392,6 @@ class ModelMetrics:
     def on_step(self, waits: Sequence[float], misses: int) -> None:
         """Executor: a step advanced ``len(waits)`` sessions, each of which had waited so many seconds."""
         self._batch.observe(len(waits))
-        observe = self._wait.observe
-        for wait in waits:
-            observe(wait)
+        self.metrics.queue_wait.observe_all((self.engine, self.model), waits)
         if misses:
             self.metrics.misses.labels(self.engine, self.model).inc(misses)

@@ -243,6 +243,7 @@ class BurstEngine:
         self.break_batches = 0  # so many batched steps raise though no session is at fault
         self.at_gate = False  # a step is being held up
         self.parked = 0
+        self.computes: tuple[str, str] | None = None
         self.wake: Callable[[Session], None] = lambda session: None
         self.closed = 0
         self._thread: int | None = None

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from realtide.engines.ancat import types
-from realtide.engines.engine import SlotsExhausted
+from realtide.engines.engine import SlotsExhausted, StageTimer
+from realtide.server import turns as turns_module
 from realtide.server.executor import Executor, ExecutorStopped
 from realtide.server.handle import Ended, Export, Exported, Failed, Handle
+from realtide.server.turns import Turns, TurnSelector
 from tests.server.engine import POISON, BurstEngine, quiet, tone
 from tests.server.helpers import until
 
@@ -102,6 +104,62 @@ async def test_a_session_from_open_to_end() -> None:
         assert made.released == ["s"]
         assert handle.position == 1600
         assert set(made.hooks.stages) == {"encoder"}
+
+
+class Computing(BurstEngine):
+    """Notes, at the beginning and the end of what it says it computes, whether the event loop may run."""
+
+    def __init__(self, turns: Turns) -> None:
+        super().__init__()
+        self.computes = ("features", "encoder")
+        self.turns = turns
+        self.free: list[bool] = []
+
+    def step(self, sessions: Sequence[Any], on_stage: StageTimer) -> list[list[Any]]:
+        self.free.append(self.turns.free)
+        on_stage("features", 0.0, len(sessions))
+        self.free.append(self.turns.free)
+        events = super().step(sessions, on_stage)
+        self.free.append(self.turns.free)
+        return events
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+async def test_the_event_loop_has_its_turn_while_the_engine_computes_and_while_there_is_nothing_to_do(
+    breaks: bool,
+) -> None:
+    turns = Turns()
+    engine = Computing(turns)
+    executor = Executor(engine, Hooks(), 5.0, 64, turns=turns)
+    executor.start()
+    try:
+        handle = await executor.open(lambda engine: engine.open(OPTIONS), "s", 0, lambda: None)
+        handle.start()
+        for steps in (1, 2):
+            await put(handle, quiet(0.04))
+            await until(lambda: turns.free and len(engine.free) == 3 * steps)  # noqa: B023  # used at once
+        assert engine.free == [False, True, False] * 2
+        if breaks:
+            executor._hooks.on_step = None  # type: ignore[assignment]  # the executor itself breaks
+            await put(handle, quiet(0.04))
+            await until(lambda: executor.failed)
+    finally:
+        await executor.stop()
+    assert turns.free
+
+
+def test_the_selector_waits_for_its_turn_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns()
+    with TurnSelector(turns) as selector:
+        turns.begin()
+        assert selector.select(0) == []  # nobody ends the turn
+        monkeypatch.setattr(turns_module, "_LONGEST", 60.0)
+        waiting = threading.Thread(target=selector.select, args=(0,))
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        turns.end()
+        waiting.join()
 
 
 async def test_earliest_deadline_first() -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from realtide.engines.ancat.types import EndpointEvent, Final, Partial, Word
-from realtide.server.metrics import Metrics
+from realtide.server.metrics import BatchHistogram, Metrics
 from realtide.server.speech_meter import SpeechMeter
 from realtide_client.v1 import common_pb2, models_pb2, models_pb2_grpc
 from tests.engines.easycontrol.small import Small
@@ -131,6 +132,30 @@ async def test_sessions_by_state_and_outcome() -> None:
         assert server.metric("realtide_sessions", state="active") == 0
         assert server.metric("realtide_sessions_opened_total") == 1
         assert server.metric("realtide_session_duration_seconds_count") == 1
+
+
+def test_a_histogram_of_many_values_at_once_is_what_one_of_single_values_would_be() -> None:
+    values = [0.0, 0.001, 0.0011, 0.5, 5.0, 5.1, 1000.0]
+    single, many = CollectorRegistry(), CollectorRegistry()
+    histogram = Histogram("x", "y", ("engine", "model"), buckets=(0.001, 0.5, 5), registry=single)
+    for value in values:
+        histogram.labels("a", "b").observe(value)
+    batch = BatchHistogram("x", "y", (0.001, 0.5, 5))
+    many.register(batch)
+    batch.begin(("a", "b"))
+    batch.observe_all(("a", "b"), values[:3])
+    batch.observe_all(("a", "b"), values[3:])
+
+    def samples(registry: CollectorRegistry) -> dict[tuple[str, str], float]:
+        return {
+            (sample.name, sample.labels.get("le", "")): sample.value
+            for family in text_string_to_metric_families(generate_latest(registry).decode())
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+
+    assert samples(many) == pytest.approx(samples(single))
+    assert samples(many)["x_count", ""] == len(values)
 
 
 async def test_a_session_that_the_engine_has_put_aside_is_parked() -> None:

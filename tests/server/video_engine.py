@@ -230,6 +230,7 @@ class ClipEngine:
         self.info = info(**changes)
         self.taken = 0
         self.parked = 0
+        self.computes: tuple[str, str] | None = None
         self.budget = budget
         self.delay = delay
         self.gate = gate

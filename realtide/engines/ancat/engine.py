@@ -134,6 +134,11 @@ class AncatEngine:
         """None ever: each slot has its own state."""
         return 0
 
+    @property
+    def computes(self) -> tuple[str, str] | None:
+        """See `engine.Engine`: the encoder's graph."""
+        return "features", "encoder"
+
     def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
         """See `engine.Engine`; all work is done in steps."""
 

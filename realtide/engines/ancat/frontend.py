@@ -192,6 +192,7 @@ class Frontend:
         )  # in_step input samples last as long as out_step model-rate samples
         self._out_step = c.sample_rate // divisor
         self._context = 0 if sample_rate == c.sample_rate else -(-c.resample_context_ms * sample_rate // 1000)
+        self._overlapping, self._unit = c.overlap, c.unit  # model-rate samples; asked for at every chunk
         self._samples = _Fifo()  # input from the first sample that a later unit needs
         self._units = 0  # units (encoder frames) computed
         self._pushed = 0  # input samples, inserted silence included
@@ -219,8 +220,8 @@ class Frontend:
     @property
     def frames_ready(self) -> int:
         """Encoder input windows that `take` could return now."""
-        usable = (self._pushed - self._context) * self._out_step // self._in_step - self.config.overlap
-        return max(0, usable // self.config.unit - self._units)
+        usable = (self._pushed - self._context) * self._out_step // self._in_step - self._overlapping
+        return max(0, usable // self._unit - self._units)
 
     @property
     def lookahead(self) -> float:
@@ -263,7 +264,7 @@ class Frontend:
                 resampled = soxr.resample(self._next(1), self.sample_rate, c.sample_rate, "HQ")
                 audio.append(resampled[offset : offset + length])
         last = audio[-1]
-        self._overlap = last[len(last) - c.overlap :].copy()
+        self._overlap = last[len(last) - self._overlapping :].copy()
         return Drawn(self, audio, n)
 
     def flush(self) -> int:
@@ -337,22 +338,22 @@ class Frontend:
 
     def _window_start(self, unit: int) -> int:
         """First input sample that `unit` and later ones need, aligned so that both rates' phases agree."""
-        first = unit * self.config.unit + (self.config.overlap if unit else 0)
+        first = unit * self._unit + (self._overlapping if unit else 0)
         start = max(0, first * self._in_step // self._out_step - self._context)
         return start // self._in_step * self._in_step
 
     def _window_end(self, unit: int) -> int:
         """One past the last input sample that `unit` needs."""
-        last = (unit + 1) * self.config.unit + self.config.overlap
+        last = (unit + 1) * self._unit + self._overlapping
         return -(-last * self._in_step // self._out_step) + self._context
 
     def _next(self, units: int) -> Float32:
         """A view, until the next push, of the input that the next units need; they count as taken."""
         start = self._window_start(self._units)
         self._units += units
-        audio = self._samples.view()[: self._window_end(self._units - 1) - start]
-        self._samples.discard(self._window_start(self._units) - start)
-        return audio
+        return self._samples.take(
+            self._window_end(self._units - 1) - start, self._window_start(self._units) - start
+        )
 
 
 def offline_features(samples: Float32, sample_rate: int, config: FrontendConfig | None = None) -> Float32:
@@ -389,11 +390,14 @@ class _Fifo:
         self._buffer.data[self._end : self._end + n] = samples.data
         self._end += n
 
-    def discard(self, n: int) -> None:
-        self._start += n
+    def take(self, size: int, done: int) -> Float32:
+        """The first `size` samples, until the next append; `done` of them are not needed again."""
+        samples = self._buffer[self._start : self._start + size]
+        self._start += done
         held = self._end - self._start
         if 8 * max(1024, held) <= len(self._buffer):
             self._move(max(2048, 2 * held))
+        return samples
 
     def _move(self, size: int) -> None:
         held = self._end - self._start

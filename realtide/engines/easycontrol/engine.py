@@ -117,6 +117,11 @@ class EasyControlEngine:
         """None: images are small while they form."""
         return 0
 
+    @property
+    def computes(self) -> tuple[str, str] | None:
+        """See `engine.Engine`: never long between other work."""
+        return None
+
     def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
         """See `engine.Engine`."""
         self._wake, self._on_stage = wake, on_stage

@@ -115,6 +115,11 @@ class LongLiveEngine:
         """Sessions without a cache that had one."""
         return sum(session.parked for session in self._parts.caches.sessions)
 
+    @property
+    def computes(self) -> tuple[str, str] | None:
+        """See `engine.Engine`: never long between other work."""
+        return None
+
     def attach(self, wake: Callable[[Session], None], on_stage: StageTimer) -> None:
         """See `engine.Engine`."""
         self._wake, self._on_stage = wake, on_stage
