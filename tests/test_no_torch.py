@@ -43,6 +43,7 @@ NEEDS_TORCH = frozenset(
         "realtide.engines.runtime.export",
         "realtide.engines.runtime.in_place",
         "realtide.engines.runtime.int8",
+        "realtide.engines.runtime.narrow",
         # The torch backend.
         "realtide.engines.ancat.torch_programs",
         "realtide.engines.easycontrol.torch_programs",

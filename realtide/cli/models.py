@@ -8,12 +8,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from realtide.cli import convert, fetch
+from realtide.cli import convert, fetch, graphs, inspect, plans
 from realtide.cli.errors import CommandError
 
-app = typer.Typer(help="Model bundles: list, verify, fetch and make them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Model bundles: list, verify, fetch and make them, and compile their graphs.", no_args_is_help=True
+)
 app.add_typer(convert.app, name="convert")
 app.command("fetch")(fetch.command)
+app.command("export")(graphs.export)
+app.command("build")(graphs.build)
+app.command("inspect")(inspect.command)
+app.add_typer(plans.app, name="plans")
 Kind = Literal["speech", "video", "image"]
 KINDS: tuple[Kind, ...] = ("speech", "video", "image")
 _ENGINES: dict[str, Kind] = {"longlive": "video", "easycontrol": "image"}

@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from realtide.engines.longlive import rotary, schedule, window
 from realtide.engines.longlive.config import (
     VideoConfig,
     cache_shapes,
@@ -23,6 +21,7 @@ from realtide.engines.longlive.config import (
     decoder_shapes,
     encoder_shapes,
 )
+from realtide.engines.longlive.graphs import pass_feeds
 from realtide.engines.longlive.layout import DECODE, ENCODE, PASSES
 from realtide.engines.longlive.programs import Passes, Stages
 from realtide.engines.longlive.steps import Denoise, Prompt, Remember
@@ -70,21 +69,7 @@ def export_video(
 
 def pass_example(config: VideoConfig, first: int, count: int, timestep: float) -> dict[str, Tensor]:
     """Random inputs of a pass over frames first .. first+count-1, by name."""
-    rng = np.random.default_rng(first + count)
-    stream = config.stream
-    frames = np.arange(first, first + count)
-    feeds = {
-        "latents": rng.standard_normal((count, *config.latent_shape)).astype(np.float32),
-        "sinusoids": schedule.sinusoid(np.full(count, timestep), config.transformer.freq_dim),
-        "time": rotary.time_table(config, frames),
-        "space": rotary.space_table(config),
-        "places": np.arange(count) if count > stream.block else window.places(stream, first, count),
-        "seen": window.seen(stream, first + count),
-    }
-    if stream.rotary == "relative":
-        feeds["window_time"] = rotary.time_table(config, np.arange(stream.window))
-    for name, shape in cross_shapes(config).items():
-        feeds[name] = rng.standard_normal(shape).astype(np.float32)
+    feeds = pass_feeds(config, first, count, timestep)
     return {name: torch.from_numpy(array) for name, array in feeds.items()}
 
 

@@ -33,6 +33,8 @@ _DTYPES: dict[int, str] = {
 }
 """TensorProto.DataType values that numpy has too."""
 
+_BFLOAT16 = 16
+
 
 @dataclass(frozen=True, slots=True)
 class GraphInfo:
@@ -48,6 +50,16 @@ class GraphInfo:
     external: tuple[TensorSpec, ...]
     """Initializers whose values are not in the file."""
     metadata: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSummary:
+    """The inside of an ONNX graph, counted."""
+
+    opsets: dict[str, int]
+    """Version by domain; the standard one is ``ai.onnx``."""
+    operators: dict[str, int]
+    """Nodes by operator."""
 
 
 def read_graph(data: bytes) -> GraphInfo:
@@ -93,6 +105,30 @@ def read_graph(data: bytes) -> GraphInfo:
         external=tuple(external),
         metadata=metadata,
     )
+
+
+def summarize(data: bytes) -> GraphSummary:
+    """Count what is in a serialized ModelProto that `read_graph` accepts. Raises ProgramError."""
+    opsets: dict[str, int] = {}
+    operators: dict[str, int] = {}
+    try:
+        for number, value in _fields(memoryview(data)):
+            if number == 8:
+                domain, version = "", 0
+                for part, content in _fields(_view(value)):
+                    if part == 1:
+                        domain = _text(content)
+                    elif part == 2:
+                        version = _int(content)
+                opsets[domain or "ai.onnx"] = version
+            elif number == 7:
+                for part, content in _fields(_view(value)):
+                    if part == 1:
+                        kinds = [_text(body) for field, body in _fields(_view(content)) if field == 4]
+                        operators[kinds[0]] = operators.get(kinds[0], 0) + 1
+    except (IndexError, UnicodeDecodeError, TypeError) as error:
+        raise ProgramError(f"no ONNX model: {error}") from error
+    return GraphSummary(opsets, operators)
 
 
 def _fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
@@ -159,6 +195,14 @@ def _string_pair(view: memoryview) -> tuple[str, str]:
 
 
 def _dtype(code: int, name: str) -> np.dtype[Any]:
+    if code == _BFLOAT16:
+        # Not numpy's own: no graph of a CPU has it, and serving does not install the package.
+        try:
+            from ml_dtypes import bfloat16
+        except ImportError:
+            raise ProgramError(f"tensor {name!r} is bfloat16, which needs ml-dtypes (extra export)") from None
+        dtype: np.dtype[Any] = np.dtype(bfloat16)
+        return dtype
     if code not in _DTYPES:
         raise ProgramError(f"tensor {name!r} has ONNX data type {code}, which numpy lacks")
     return np.dtype(_DTYPES[code])

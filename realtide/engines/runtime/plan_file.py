@@ -19,7 +19,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,17 +78,21 @@ def write_plan(directory: int, name: str, header: PlanHeader, plan: bytes) -> No
     Raises:
         OSError: it cannot be written; nothing is left under `name`.
     """
-    temporary = f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     head = MAGIC + header.line()
     total = hashlib.sha256(head)
     total.update(plan)
+    write_file(directory, name, (head, plan, total.digest()))
+
+
+def write_file(directory: int, name: str, parts: Sequence[bytes]) -> None:
+    """Write any file in the same way. Raises OSError."""
+    temporary = f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     file = os.open(temporary, flags, 0o600, dir_fd=directory)
     try:
         with os.fdopen(file, "wb") as stream:
-            stream.write(head)
-            stream.write(plan)
-            stream.write(total.digest())
+            for part in parts:
+                stream.write(part)
             stream.flush()
             os.fsync(stream.fileno())
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
@@ -141,6 +145,12 @@ def read_plan(directory: int, name: str, label: Path, wanted: PlanKey | None) ->
     if total.digest() != checksum:
         raise PlanError(f"{label}: the plan was altered (its checksum differs); remove it and build it again")
     return header, plan
+
+
+def read_file(directory: int, name: str, label: Path) -> bytes:
+    """Any file that only we or root can write. Raises PlanError, FileNotFoundError."""
+    with _opened(directory, name, label) as file, os.fdopen(os.dup(file), "rb") as stream:
+        return stream.read()
 
 
 def open_directory(path: Path, *, create: bool) -> int:

@@ -24,17 +24,16 @@ from realtide.engines.runtime.plan_file import (
     PlanError,
     PlanHeader,
     open_directory,
+    read_file,
     read_header,
     read_plan,
     sweep,
+    write_file,
     write_plan,
 )
 from realtide.engines.runtime.plan_key import PlanKey
 
 log = logging.getLogger(__name__)
-
-VARIABLE = "REALTIDE_PLANS"
-"""Environment variable with the cache's directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +54,7 @@ class Entry:
 
 
 def default_directory() -> Path:
-    """REALTIDE_PLANS, or ``realtide/plans`` in the user's cache directory."""
-    given = os.environ.get(VARIABLE)
-    if given:
-        return Path(given)
+    """``realtide/plans`` in the user's cache directory (XDG_CACHE_HOME)."""
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "realtide" / "plans"
 
@@ -153,6 +149,26 @@ class PlanCache:
                 os.unlink(name, dir_fd=directory)
         except FileNotFoundError:
             raise PlanError(f"there is no plan {name} in {self.directory}") from None
+        except OSError as error:
+            raise PlanError(f"{self.directory / name}: {error.strerror}") from error
+
+    def read_timing(self, name: str) -> bytes:
+        """The timing cache of this name; empty if there is none. Raises PlanError."""
+        try:
+            with _closing(open_directory(self.directory, create=False)) as directory:
+                return read_file(directory, name, self.directory / name)
+        except FileNotFoundError:
+            return b""
+
+    def write_timing(self, name: str, data: bytes) -> None:
+        """Replace a timing cache. Of two who do at once one wins: what the other measured is measured again.
+
+        Raises:
+            PlanError: it cannot be written.
+        """
+        try:
+            with _closing(open_directory(self.directory, create=True)) as directory:
+                write_file(directory, name, (data,))
         except OSError as error:
             raise PlanError(f"{self.directory / name}: {error.strerror}") from error
 

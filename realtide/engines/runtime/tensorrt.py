@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from realtide.engines.runtime.onnx_file import GraphInfo, read_graph
+from realtide.engines.runtime.plan_key import ANY, PORTABLE, Gpu, PlanKey, graph_digest, weights_digest
 from realtide.engines.runtime.program import Array, Dim, ProgramError
 from realtide.engines.runtime.weights import resolve
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")
+PORTABLE_PACKAGE = "tensorrt_rtx"
+"""Compiles kernels where a plan is loaded."""
+
+Progress = Callable[[str, int, int], None]
+"""Told what TensorRT works on, the steps of it that are done, and how many there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,33 @@ class Sizes:
             )
 
 
+class TimingCache:
+    """What TensorRT measured of kernels, kept from one build for the next.
+
+    Args:
+        data: what an earlier build left; empty: nothing yet.
+    """
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.data = data
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """How an engine is built.
+
+    Attributes:
+        capability: compute capability of the GPU it is for; ``any``: what TensorRT does by itself, which is
+            the GPU that is here, or with TensorRT for RTX any that it supports.
+        timing: read before and written after the build, where the package times kernels.
+        on_progress: called from the builder's threads.
+    """
+
+    capability: str = ANY
+    timing: TimingCache | None = None
+    on_progress: Progress | None = None
+
+
 def load() -> ModuleType:
     """The package that is installed. Raises ProgramError."""
     for name in PACKAGES:
@@ -55,8 +88,76 @@ def load() -> ModuleType:
     raise ProgramError("neither tensorrt (extra trt) nor tensorrt_rtx (extra trt-rtx) can be imported")
 
 
+def times_kernels(trt: ModuleType) -> bool:
+    """True if building measures kernels on the GPU that is here; then a timing cache is worth keeping."""
+    return trt.__name__ != PORTABLE_PACKAGE
+
+
+def target(wanted: Gpu | None, here: Gpu | None) -> Gpu:
+    """The GPU that plans are built for, as their keys name it.
+
+    Args:
+        wanted: what was asked for; None: what suits the installed package.
+        here: the GPU of this machine, if there is one (`gpu.detect`).
+
+    Returns:
+        For TensorRT for RTX the wanted one, or `PORTABLE`; for TensorRT the one that is here.
+
+    Raises:
+        ProgramError: no package; or TensorRT without a GPU, or for another than the one that is here.
+    """
+    if not times_kernels(load()):
+        return wanted or PORTABLE
+    if here is None:
+        raise ProgramError("gpu: TensorRT builds plans on the GPU that they are for, and there is none here")
+    if wanted not in (None, here):
+        raise ProgramError(
+            f"gpu: TensorRT builds plans for the GPU that is here, {here.name} {here.capability}"
+        )
+    return here
+
+
+def plan_key(
+    graph: bytes,
+    weights: Mapping[str, Array],
+    sizes: Mapping[str, Sizes],
+    precision: str,
+    gpu: Gpu,
+) -> PlanKey:
+    """The key of the plan that `build_engine` makes of the same arguments; reads all weights of the graph.
+
+    Raises:
+        ProgramError: no package, no ONNX model, a weight is missing, or a dynamic dimension has no sizes.
+    """
+    trt, info = load(), read_graph(graph)
+    _shapes("graph", info, sizes)
+    return PlanKey(
+        graph=graph_digest(graph),
+        weights=weights_digest(info, weights),
+        flavour=trt.__name__,
+        version=trt.__version__,
+        gpu=gpu.name,
+        capability=gpu.capability,
+        driver=gpu.driver,
+        precision=precision,
+        profile=describe_sizes(info, sizes),
+    )
+
+
+def describe_sizes(info: GraphInfo, sizes: Mapping[str, Sizes]) -> str:
+    """The sizes of a graph's dynamic dimensions: ``batch=1:2:8 tokens=16:64:256`` (least, usual, most)."""
+    names = {dim for spec in (*info.inputs, *info.state) for dim in spec.shape if isinstance(dim, str)}
+    return " ".join(
+        f"{name}={sizes[name].least}:{sizes[name].usual}:{sizes[name].most}"
+        for name in sorted(names & set(sizes))
+    )
+
+
 def build_engine(
-    graph: Path | str | bytes, weights: Mapping[str, Array], sizes: Mapping[str, Sizes] | None = None
+    graph: Path | str | bytes,
+    weights: Mapping[str, Array],
+    sizes: Mapping[str, Sizes] | None = None,
+    options: BuildOptions | None = None,
 ) -> bytes:
     """Compile a graph.
 
@@ -64,6 +165,7 @@ def build_engine(
         graph: an ONNX file whose weights are external, or such a model's bytes.
         weights: values of the external initializers by name; extra names are ignored.
         sizes: of each dynamic dimension, by its name in the graph.
+        options: target, timing cache, progress.
 
     Returns:
         The serialized engine.
@@ -72,7 +174,7 @@ def build_engine(
         ProgramError: no package, a weight is missing or does not fit, a dynamic dimension has no sizes, or
             TensorRT refuses the graph; the message carries what it says.
     """
-    trt = load()
+    trt, options = load(), options or BuildOptions()
     label = "graph" if isinstance(graph, bytes) else str(graph)
     try:
         data = graph if isinstance(graph, bytes) else Path(graph).read_bytes()
@@ -92,8 +194,18 @@ def build_engine(
             profile.set_shape(name, least, usual, most)
         if config.add_optimization_profile(profile) < 0:
             raise ProgramError(f"{label}: {_joined(said) or 'the sizes are refused'}")
+    _set_target(trt, config, options.capability)
+    timing = options.timing if times_kernels(trt) else None
+    if timing is not None and not config.set_timing_cache(config.create_timing_cache(timing.data), False):
+        raise ProgramError(f"{label}: {_joined(said) or 'the timing cache is refused'}")
+    monitor = _monitor(trt, options.on_progress) if options.on_progress else None
+    config.progress_monitor = monitor
     built = builder.build_serialized_network(network, config)
     del held  # weights are read until here
+    if monitor is not None and monitor.raised is not None:
+        raise monitor.raised
+    if built is not None and timing is not None:
+        timing.data = bytes(config.get_timing_cache().serialize())
     if built is None:
         raise ProgramError(f"{label}: {_joined(said) or 'no engine could be built'}")
     engine = bytes(built)
@@ -169,6 +281,50 @@ def _listener(trt: ModuleType, said: list[str]) -> Any:
                 log.debug("%s", message)
 
     return Listener()
+
+
+def _set_target(trt: ModuleType, config: Any, capability: str) -> None:
+    if capability == ANY or times_kernels(trt):
+        return  # TensorRT builds for the GPU that is here
+    name = "SM" + capability.replace(".", "")
+    known = getattr(trt.ComputeCapability, name, None)
+    if known is None:
+        names = sorted(n.removeprefix("SM") for n in vars(trt.ComputeCapability) if n.startswith("SM"))
+        offered = ", ".join(f"{n[:-1]}.{n[-1]}" for n in sorted(names, key=int))
+        raise ProgramError(f"gpu: {trt.__name__} builds for compute capabilities {offered}, not {capability}")
+    config.num_compute_capabilities = 1
+    if not config.set_compute_capability(known, 0):
+        raise ProgramError(f"gpu: {trt.__name__} refuses compute capability {capability}")
+
+
+def _monitor(trt: ModuleType, on_progress: Progress) -> Any:
+    """Passes progress on. An exception must not unwind through TensorRT: it ends the build, and is kept."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+            self.raised: BaseException | None = None
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.totals[phase] = steps
+            self.tell(phase, 0)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            self.tell(phase, step + 1)
+            return self.raised is None
+
+        def phase_finish(self, phase: str) -> None:
+            self.tell(phase, self.totals.get(phase, 0))
+
+        def tell(self, phase: str, done: int) -> None:
+            try:
+                if self.raised is None:
+                    on_progress(phase, done, self.totals.get(phase, 0))
+            except BaseException as error:
+                self.raised = error
+
+    return Monitor()
 
 
 def _complaints(parser: Any, said: list[str]) -> str:

@@ -87,7 +87,7 @@ def resolve(spec: TensorSpec, weights: Mapping[str, Array]) -> Array:
             f"weight {spec.name!r} must be {spec.describe()}, not {array.dtype.name}{list(array.shape)}"
         )
     if array.dtype != spec.dtype:
-        if not (array.dtype.kind == spec.dtype.kind == "f"):
+        if array.dtype.kind != "f" or (spec.dtype.kind != "f" and spec.dtype.name != "bfloat16"):
             raise ProgramError(f"weight {spec.name!r} must be {spec.describe()}, not {array.dtype.name}")
         array = array.astype(spec.dtype)
     return np.ascontiguousarray(array)

@@ -274,12 +274,12 @@ def test_only_plans_of_the_directory_are_removed(cache: PlanCache) -> None:
     assert cache.entries() == []
 
 
-def test_the_default_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(plans.VARIABLE, raising=False)
+def test_the_default_directory_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert PlanCache().directory == Path("/somewhere/realtide/plans")
-    monkeypatch.setenv(plans.VARIABLE, "/plans")
-    assert PlanCache().directory == Path("/plans")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert PlanCache().directory == Path("/home/someone/.cache/realtide/plans")
 
 
 def test_two_processes_that_ask_at_once_build_once(tmp_path: Path) -> None:

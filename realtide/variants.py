@@ -1,0 +1,207 @@
+"""A bundle's graphs in another precision, and what that costs in accuracy (ours; needs ``export``).
+
+Graphs carry no weights, so a variant is a rewritten graph that uses the bundle's own weight file. The report
+says for every output how far it is from float32 on samples at the bundle's sizes; whether words, motion or
+edges suffer is for the bundle's own evaluation, which needs its recipe's data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import realtide
+from realtide.bundle import Bundle, Precision
+from realtide.engines.runtime.quality import Quality, measure
+from realtide.engines.runtime.weights import WeightFile
+
+ENGINES = ("ancat", "easycontrol", "longlive")
+REPORT = "report.json"
+
+BOUNDS: dict[str, float] = {"float32": 0.0, "float16": 0.004, "int8": 0.15}
+"""Largest relative L2 error of an output (of integers: share that differs) that passes, by precision.
+
+Four times what the worst output of the bundles here has in float16 (0.001), twice in int8 (0.075, depths
+that ANCAT decides).
+"""
+
+FP8 = (
+    "precision: fp8 needs QuantizeLinear and DequantizeLinear around every product, with scales calibrated "
+    "on a GPU (nvidia-modelopt), which this command does not make: export fp16 or bf16"
+)
+
+Source = Literal["bundle", "narrowed", "quantized", "float32"]
+"""Where a graph comes from; float32: this program stays as it is in this precision."""
+
+
+class VariantError(ValueError):
+    """A precision cannot be had; the message is one sentence."""
+
+
+def engine_graphs(bundle: Bundle) -> Any:
+    """The module that knows the engine's graphs: `sizes`, `samples`, `INT8`. Raises VariantError."""
+    engine = bundle.manifest.engine
+    if engine not in ENGINES:
+        raise VariantError(
+            f"{bundle.manifest.name}: engine must be one of {', '.join(ENGINES)}, not {engine!r}"
+        )
+    return importlib.import_module(f"realtide.engines.{engine}.graphs")
+
+
+def manifest_values(bundle: Bundle) -> dict[str, Any]:
+    """What `sizes` and `samples` read."""
+    return {"architecture": bundle.manifest.architecture, "limits": bundle.manifest.limits}
+
+
+def export_variant(
+    bundle: Bundle,
+    precision: Precision,
+    directory: Path,
+    on_program: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> dict[str, tuple[Path, Source]]:
+    """Write all graphs of a bundle in a precision.
+
+    Args:
+        bundle: its float32 graphs are what is rewritten; graphs that it has in this precision are copied.
+        precision: of the graphs.
+        directory: where `PROGRAM.onnx` go; made.
+        on_program: told each program with its number and how many there are, before it is worked on.
+
+    Returns:
+        Path and source of each program's graph.
+
+    Raises:
+        VariantError: this bundle cannot have this precision.
+        ProgramError: a graph cannot be rewritten.
+    """
+    programs = bundle.manifest.programs
+    if not programs:
+        raise VariantError(f"{bundle.manifest.name}: has no graphs; `realtide models convert` writes them")
+    quantized = engine_graphs(bundle).INT8
+    plan: dict[str, tuple[Path, Source]] = {}
+    for name, graphs in programs.items():
+        if precision in graphs:
+            plan[name] = bundle.directory / graphs[precision], "bundle"
+        elif "float32" not in graphs:
+            raise VariantError(f"{bundle.manifest.name}: programs.{name} has no float32 graph to start from")
+        elif precision in ("float16", "bfloat16"):
+            plan[name] = bundle.directory / graphs["float32"], "narrowed"
+        elif not quantized:
+            raise VariantError(
+                f"{bundle.manifest.name}: int8 must be calibrated on recordings, as the recipe does"
+            )
+        else:
+            plan[name] = bundle.directory / graphs["float32"], "quantized" if name in quantized else "float32"
+    directory.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for number, (name, (source, how)) in enumerate(plan.items()):
+        on_program(name, number, len(plan))
+        target = directory / f"{name}.onnx"
+        if how == "narrowed":
+            from realtide.engines.runtime.narrow import narrow_graph
+
+            narrow_graph(source, target, "float16" if precision == "float16" else "bfloat16")
+        elif how == "quantized":
+            from realtide.engines.runtime.int8 import quantize_graph
+
+            quantize_graph(source, target)
+        else:
+            shutil.copyfile(source, target)
+        found[name] = target, how
+    return found
+
+
+def report_variant(
+    bundle: Bundle,
+    precision: Precision,
+    graphs: dict[str, tuple[Path, Source]],
+    on_program: Callable[[str, int, int], None] = lambda name, done, total: None,
+    *,
+    measured: bool = True,
+) -> dict[str, Any]:
+    """Measure exported graphs against float32; what `export` writes as `report.json`.
+
+    Args:
+        bundle: with float32 graphs and the weights.
+        precision: of `graphs`.
+        graphs: what `export_variant` returned.
+        on_program: as there.
+        measured: False: nothing is run, and the report says so.
+
+    Raises:
+        ProgramError: a graph cannot be run.
+    """
+    import onnxruntime
+
+    samples = engine_graphs(bundle).samples(manifest_values(bundle))
+    weights = WeightFile(bundle.weights)
+    bound = BOUNDS.get(precision)
+    rows = []
+    for number, (name, (path, how)) in enumerate(graphs.items()):
+        on_program(name, number, len(graphs))
+        row: dict[str, Any] = {
+            "program": name,
+            "file": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "source": how,
+        }
+        reference = bundle.manifest.programs[name].get("float32")
+        if not measured:
+            row["not_measured"] = "as asked"
+        elif precision == "bfloat16":
+            row["not_measured"] = "ONNX Runtime computes no bfloat16 on a CPU"
+        elif reference is None:
+            row["not_measured"] = "the bundle has no float32 graph"
+        else:
+            found = measure(bundle.directory / reference, path, weights, samples[name])
+            row["outputs"] = [_row(quality) for quality in found]
+            row["worst"] = max((q.relative for q in found), default=0.0)
+            row["within"] = bound is not None and row["worst"] <= bound
+        rows.append(row)
+    report: dict[str, Any] = _finite(
+        {
+            "bundle": bundle.manifest.name,
+            "version": bundle.manifest.version,
+            "precision": precision,
+            "against": "float32",
+            "bound": bound,
+            "within": all(row.get("within", True) for row in rows),
+            "measured_with": f"onnxruntime {onnxruntime.__version__} on the CPU, random samples (realtide "
+            f"{realtide.__version__})",
+            "scores": "not measured: the bundle's own scores need the data of its recipe, "
+            f"{bundle.manifest.provenance.recipe}",
+            "programs": rows,
+        }
+    )
+    return report
+
+
+def write_report(report: dict[str, Any], directory: Path) -> Path:
+    """Write `report.json`; returns its path."""
+    path = directory / REPORT
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _row(quality: Quality) -> dict[str, Any]:
+    return {
+        "output": quality.output,
+        "relative_l2": float(f"{quality.relative:.4g}"),
+        "max_abs": float(f"{quality.largest:.4g}"),
+        "peak": float(f"{quality.peak:.4g}"),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: text says it."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value

@@ -1,0 +1,143 @@
+"""Every bundle below models/: its graphs in other precisions are near float32, and TensorRT compiles them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from realtide import variants
+from realtide.bundle import Bundle, load_bundle
+from realtide.engines.runtime.onnx_file import read_graph
+from realtide.engines.runtime.plan_key import PORTABLE
+from realtide.engines.runtime.plans import PlanCache
+from realtide.plan_building import build_plans
+from realtide.variants import (
+    BOUNDS,
+    VariantError,
+    engine_graphs,
+    export_variant,
+    manifest_values,
+    report_variant,
+)
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+BUNDLES = sorted(path.parent.name for path in MODELS.glob("*/manifest.yaml"))
+
+LACKING = {("ancat", "encoder"): "NonZero"}
+"""What TensorRT for RTX has no kernel for, by engine and program. What is built in spite of it fails here."""
+
+
+@pytest.fixture(scope="module", params=BUNDLES)
+def half(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, dict[str, Path]]:
+    """A bundle and its graphs in half precision."""
+    bundle = load_bundle(MODELS / request.param)
+    found = export_variant(bundle, "float16", tmp_path_factory.mktemp(request.param))
+    return bundle, {name: path for name, (path, _) in found.items()}
+
+
+def test_bundles_are_found() -> None:
+    assert {"ancat-commands-en", "longlive-emoji"} <= set(BUNDLES)
+
+
+def test_onnxruntime_runs_the_graphs_within_the_reports_bounds(half: tuple[Bundle, dict[str, Path]]) -> None:
+    bundle, paths = half
+    report = report_variant(bundle, "float16", {name: (path, "narrowed") for name, path in paths.items()})
+    assert set(paths) == set(bundle.manifest.programs)
+    for row in report["programs"]:
+        assert row["outputs"], row["program"]
+        assert row["within"], row
+        assert row["worst"] <= BOUNDS["float16"]
+        # They are other graphs: half precision does not come out exactly.
+        assert any(output["relative_l2"] > 0 for output in row["outputs"]), row["program"]
+    assert report["within"]
+    assert report["bound"] == BOUNDS["float16"]
+
+
+def test_tensorrt_compiles_every_graph(half: tuple[Bundle, dict[str, Path]], tmp_path: Path) -> None:
+    bundle, paths = half
+    cache = PlanCache(tmp_path / "plans")
+    rows = build_plans(bundle, "float16", paths, cache, gpu=PORTABLE, max_batch=4)
+    for row in rows:
+        reason = LACKING.get((bundle.manifest.engine, row.program))
+        if reason:
+            assert reason in row.problem
+        else:
+            assert (row.problem, row.fresh) == ("", True), row
+            assert row.size > 1000
+    again = build_plans(
+        bundle, "float16", {row.program: paths[row.program] for row in rows if row.fresh}, cache,
+        gpu=PORTABLE, max_batch=4,
+    )  # fmt: skip
+    assert [row.fresh for row in again] == [False] * len(again)
+    assert {entry.header.subject for entry in cache.entries() if entry.header} == {
+        row.subject for row in again
+    }
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_sizes_and_samples_are_of_the_bundles_graphs(name: str) -> None:
+    bundle = load_bundle(MODELS / name)
+    graphs, values = engine_graphs(bundle), manifest_values(bundle)
+    sizes, samples = graphs.sizes(values, 4), graphs.samples(values)
+    assert set(samples) == set(bundle.manifest.programs)
+    for program, sample in samples.items():
+        info = read_graph(bundle.graph(program, "float32").read_bytes())
+        assert {spec.name for spec in info.state} == set(sample.state)
+        for call in sample.calls:
+            assert set(call) == {spec.name for spec in info.inputs}
+            for spec in info.inputs:
+                for dim, have in zip(spec.shape, call[spec.name].shape, strict=True):
+                    if isinstance(dim, str):
+                        given = sizes[program][dim]
+                        assert given.least <= have <= given.most, (program, spec.name, dim)
+                    else:
+                        assert dim == have
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in BUNDLES if "int8" in load_bundle(MODELS / name).manifest.precisions]
+)
+def test_int8_is_within_its_bound(name: str, tmp_path: Path) -> None:
+    bundle = load_bundle(MODELS / name)
+    report = report_variant(bundle, "int8", export_variant(bundle, "int8", tmp_path))
+    assert report["within"], report
+    assert max(row["worst"] for row in report["programs"]) > 0.005  # and is no float32
+
+
+def test_a_report_says_what_was_not_measured(tmp_path: Path) -> None:
+    bundle = load_bundle(MODELS / "ancat-commands-en")
+    found = export_variant(bundle, "bfloat16", tmp_path)
+    report = report_variant(bundle, "bfloat16", found)
+    assert {row["not_measured"] for row in report["programs"]} == {
+        "ONNX Runtime computes no bfloat16 on a CPU"
+    }
+    assert "not measured" in report["scores"]
+    path = variants.write_report(report, tmp_path)
+    assert json.loads(path.read_text()) == report
+
+
+def test_what_is_out_of_bounds_is_not_within(tmp_path: Path) -> None:
+    """Another program's graph in its place: the report must not let it pass."""
+    bundle = load_bundle(MODELS / "longlive-emoji")
+    found = export_variant(bundle, "int8", tmp_path)
+    report = report_variant(bundle, "float16", {"denoise": found["denoise"]})
+    assert not report["within"]
+
+
+def test_precisions_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
+    bundle = load_bundle(MODELS / "ancat-commands-en")
+    programs = {name: {"float32": graphs["float32"]} for name, graphs in bundle.manifest.programs.items()}
+    plain = Bundle(bundle.directory, bundle.manifest.model_copy(update={"programs": programs}))
+    with pytest.raises(VariantError, match="int8 must be calibrated on recordings"):
+        export_variant(plain, "int8", tmp_path)
+    with pytest.raises(VariantError, match="has no graphs"):
+        export_variant(
+            Bundle(bundle.directory, bundle.manifest.model_copy(update={"programs": {}})), "float16", tmp_path
+        )
+    odd = Bundle(bundle.directory, bundle.manifest.model_copy(update={"engine": "other"}))
+    with pytest.raises(VariantError, match="engine must be one of ancat, easycontrol, longlive, not 'other'"):
+        export_variant(odd, "float16", tmp_path)
