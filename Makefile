@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 # Changes of the contract are compared with this commit; none (a first push, a shallow clone): not compared.
 BASE ?= $(shell git rev-parse -q --verify origin/main 2>/dev/null || git describe --tags --abbrev=0 2>/dev/null)
 
-.PHONY: help demo serve test ops-test lint format typecheck bench stubs deploy clean
+.PHONY: help demo serve test ops-test lint format typecheck bench gpu-check stubs deploy clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -51,6 +51,10 @@ bench: $(VENV)/.dev ## Benchmarks that need no prepared data; docs/benchmarks.md
 	$(BIN)/realtide bench video --long 240 --out benchmarks/results/video.json
 	$(BIN)/python benchmarks/encoder_cost.py --adaptive models/ancat-commands-en
 	$(BIN)/python benchmarks/memory.py --bundle models/ancat-commands-en
+
+gpu-check: ## Replay golden cases and time the models on a GPU; with the PYTHON given, installs nothing
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	PYTHONPATH=. "$(PYTHON)" -m realtide.gpu --out benchmarks/results/gpu.json $(ARGS)
 
 stubs: $(VENV)/.dev ## Generate the Python stubs from proto/
 	$(BIN)/python tools/generate_stubs.py

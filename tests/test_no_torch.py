@@ -48,7 +48,16 @@ NEEDS_TORCH = frozenset(
         "realtide.engines.ancat.torch_programs",
         "realtide.engines.easycontrol.torch_programs",
         "realtide.engines.longlive.torch_programs",
+        "realtide.engines.runtime.device_program",
         "realtide.engines.runtime.torch_program",
+        # What a machine with a GPU is checked with.
+        "realtide.gpu.bench",
+        "realtide.gpu.check",
+        "realtide.gpu.images",
+        "realtide.gpu.replays",
+        "realtide.gpu.speech",
+        "realtide.gpu.timing",
+        "realtide.gpu.video",
     }
 )
 

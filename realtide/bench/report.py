@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 _PACKAGES = ("realtide", "onnxruntime", "numpy", "grpcio", "torch", "av")
 
 
@@ -23,10 +21,8 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        "usable_cores": len(psutil.Process().cpu_affinity() or ())
-        if hasattr(psutil.Process, "cpu_affinity")
-        else os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": round(os.getloadavg()[0], 2),
         "os": platform.platform(),
     }

@@ -29,12 +29,12 @@ app.command("replay")(replay.command)
 app.add_typer(models.app, name="models")
 
 # Benchmarks are part of a source tree; an installation without them has no such command.
-_BENCHMARKS = ("speech", "lookahead", "video", "image")
+_BENCHMARKS = ("speech", "lookahead", "video", "image", "gpu")
 
 
 def _bench() -> typer.Typer | None:
     group = typer.Typer(
-        help="Measure: speech held in real time, what lookahead costs and gains, frames of video, images."
+        help="Measure: speech held in real time, what lookahead costs and gains, video, images, a GPU."
     )
     found = False
     for name in _BENCHMARKS:

@@ -15,7 +15,7 @@ from realtide.engines.ancat.config import EncoderConfig, state_shapes
 from realtide.engines.ancat.model import JoinerProgram, Transducer
 from realtide.engines.ancat.stream import StreamStep
 from realtide.engines.runtime.program import Array, Program, TensorSpec
-from realtide.engines.runtime.torch_program import TorchProgram
+from realtide.engines.runtime.torch_program import State, TorchProgram
 
 INT, FLOAT = np.dtype(np.int64), np.dtype(np.float32)
 
@@ -59,15 +59,17 @@ def programs(
     config: EncoderConfig,
     step_frames: int,
     weights: Mapping[str, Array],
-    state: Mapping[str, Array],
+    state: State,
     threads: int,
+    device: str = "cpu",
 ) -> tuple[Program, Program]:
     """Encoder and joiner.
 
-    `state` as in `config.state_shapes`, updated in place; `threads` is PyTorch's own, process-wide.
+    `state` as in `config.state_shapes`, updated in place and on `device`; `threads` is PyTorch's own,
+    process-wide.
     """
     torch.set_num_threads(threads)
-    model = build(config, weights)
+    model = build(config, weights).to(device)
     rings = tuple(
         TensorSpec(name, np.dtype(dtype), ("rows", *shape))
         for name, (_, shape, dtype) in state_shapes(config, step_frames).items()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from realtide.bundle import Precision
+from typing import TYPE_CHECKING
+
 from realtide.engines.easycontrol.programs import Programs
+
+if TYPE_CHECKING:
+    # Only for the types: the manifest of bundles needs more packages than replaying golden cases does.
+    from realtide.bundle import Precision
 
 WEIGHTS = "weights.safetensors"
 TOKENIZER, POOLED_TOKENIZER = "tokenizer", "pooled-tokenizer"

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from realtide.engines.easycontrol import loras, rotary, schedule
 from realtide.engines.easycontrol.config import (
@@ -28,6 +26,7 @@ from realtide.engines.easycontrol.config import (
 )
 from realtide.engines.runtime.golden import Backend, CaseError, Report, difference, read_case, weights_beside
 from realtide.engines.runtime.program import Array, Program
+from realtide.engines.runtime.tensor_file import TensorFile, TensorFileError
 
 KEY = "cond_size"
 """What the description of an EasyControl case has and no other's."""
@@ -36,13 +35,14 @@ KEY = "cond_size"
 _PATCH, _TEXT = 2, "prompt_embeds"
 
 
-def replay(path: Path, backend: Backend = "torch") -> Report:
+def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Report:
     """Replay one case.
 
     Args:
         path: the case; weights and LoRAs lie beside it.
         backend: *torch*: the modules, eager; *onnxruntime*: their exported graphs (needs the extra
             ``export``).
+        device: of the backend *torch*.
 
     Raises:
         CaseError: the file is no EasyControl case, or its weights are not beside it.
@@ -54,20 +54,20 @@ def replay(path: Path, backend: Backend = "torch") -> Report:
         raise CaseError(f"{path}: not an EasyControl case: it has no {KEY}")
     config = _config(case, tensors[_TEXT].shape[1])
     with tempfile.TemporaryDirectory(prefix="realtide-") as graphs:
-        denoise, remember, weights = _programs(path, config, backend, Path(graphs))
+        denoise, remember, weights = _programs(path, config, backend, Path(graphs), device)
         found, wanted = _play(path, case, tensors, config, denoise, remember, weights)
     compared = {name: difference(found[name], wanted[name]) for name in sorted(found)}
-    return Report(path.name.removesuffix(".safetensors"), backend, compared)
+    return Report(path.name.removesuffix(".safetensors"), backend, compared, device)
 
 
 def _programs(
-    path: Path, config: ImageConfig, backend: Backend, directory: Path
+    path: Path, config: ImageConfig, backend: Backend, directory: Path, device: str
 ) -> tuple[Program, Program, dict[str, Array]]:
     from realtide.engines.easycontrol import torch_programs
     from realtide.engines.easycontrol.transformer import FluxTransformer
 
     weights = weights_beside(path, FluxTransformer(config.transformer).state_dict())
-    model = torch_programs.transformer(config.transformer, weights)
+    model = torch_programs.transformer(config.transformer, weights).to(device)
     if backend == "torch":
         denoise = torch_programs.denoise_program(model, config)
         return denoise, torch_programs.remember_program(model, config), weights
@@ -164,10 +164,12 @@ def _finished(keys: Array, table: Array, gain: Array, eps: float) -> Array:
 
 def _lora(path: Path, config: TransformerConfig, case: dict[str, Any], number: int) -> dict[str, Array]:
     try:
-        weights = load_file(path)
+        weights = dict(TensorFile(path))
         scale = case["network_alpha"] / case["lora_rank"]
         return loras.stacked(config, weights, case["lora_weights"][number] * scale)
-    except (OSError, SafetensorError) as error:
+    except TensorFileError as error:
+        raise CaseError(str(error)) from error
+    except OSError as error:
         raise CaseError(f"{path}: {error}") from error
     except KeyError as error:
         raise CaseError(f"{path}: the LoRA lacks {error}") from None

@@ -31,12 +31,16 @@ QUERY, KEY, VALUE, OUT = range(4)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary embedding of x [B, H, n, d] by cosines and sines [n, d / 2, 2]; pairs lie side by side."""
+    """Rotary embedding of x [B, H, n, d] by cosines and sines [n, d / 2, 2]; pairs lie side by side.
+
+    The table may be wider than x (float32 for a model in bfloat16): the result has the type of x.
+    """
     pairs = torch.unflatten(x, -1, (-1, 2))
     real, imaginary = pairs[..., 0], pairs[..., 1]
     cosine, sine = table[..., 0], table[..., 1]
     turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1)
-    return turned.flatten(-2)
+    turned = turned.flatten(-2)
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -16,9 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from realtide.engines.engine import CheckpointMismatch
 from realtide.engines.longlive import noise as philox
@@ -222,6 +219,8 @@ class VideoStream:
                 parked, to be rebuilt. A parked stream has none. A block under way is not part of the
                 state: it is begun anew, with the same noise and so with the same result.
         """
+        from safetensors.numpy import save
+
         tensors = {"recent": self._recent, "sink": self._sink}
         for name, text in (("prompt", self._prompt), ("sink_prompt", self._sink_prompt)):
             if text is not None:
@@ -236,7 +235,7 @@ class VideoStream:
             "sink_first": self._sink_first,
             "cache": kept,
         }
-        return save_tensors(tensors, {"video": json.dumps(plain)})
+        return save(tensors, {"video": json.dumps(plain)})
 
     @classmethod
     def resume(
@@ -369,10 +368,13 @@ def _unpadded(text: Float32) -> Float32:
 
 
 def _unpack(checkpoint: bytes) -> tuple[dict[str, Any], dict[str, Float32]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
     try:
         size = int.from_bytes(checkpoint[:8], "little")
         plain = json.loads(json.loads(checkpoint[8 : 8 + size])["__metadata__"]["video"])
-        return dict(plain), load_tensors(checkpoint)
+        return dict(plain), load(checkpoint)
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointMismatch(f"checkpoint is damaged: {error!r}") from None
 

@@ -32,13 +32,14 @@ from realtide.engines.runtime.golden import Backend, CaseError, Report, differen
 from realtide.engines.runtime.program import Array
 
 
-def replay(path: Path, backend: Backend = "torch") -> Report:
+def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Report:
     """Replay one case.
 
     Args:
         path: the case.
         backend: *torch*: the modules, eager; *onnxruntime*: their exported graphs (needs the extra
             ``export``, and some 30 seconds to make them).
+        device: of the backend *torch*.
 
     Raises:
         CaseError: the file is no LongLive case, or its weights are not beside it.
@@ -50,28 +51,35 @@ def replay(path: Path, backend: Backend = "torch") -> Report:
     for key, play in plays:
         if key in case:
             with tempfile.TemporaryDirectory(prefix="realtide-") as graphs:
-                found = play(path, case, tensors, backend, Path(graphs))
+                found = play(path, case, tensors, backend, Path(graphs), device)
             compared = {n: difference(found[n], tensors[n]) for n in sorted(found) if n in tensors}
             if not compared:
                 raise CaseError(f"{path}: the case has no result to compare with")
-            return Report(path.name.removesuffix(".safetensors"), backend, compared)
+            return Report(path.name.removesuffix(".safetensors"), backend, compared, device)
     raise CaseError(f"{path}: not a LongLive case: it has neither rope nor z_dim nor vocab")
 
 
-_Play = Callable[[Path, dict[str, Any], dict[str, Array], Backend, Path], dict[str, Array]]
+_Play = Callable[[Path, dict[str, Any], dict[str, Array], Backend, Path, str], dict[str, Array]]
 
 
 def _video(
-    path: Path, case: dict[str, Any], tensors: dict[str, Array], backend: Backend, directory: Path
+    path: Path,
+    case: dict[str, Any],
+    tensors: dict[str, Array],
+    backend: Backend,
+    directory: Path,
+    device: str,
 ) -> dict[str, Array]:
     config = _video_config(case)
     from realtide.engines.longlive import torch_programs
     from realtide.engines.longlive.transformer import WanTransformer
+    from realtide.engines.runtime import torch_program
 
     weights = weights_beside(path, WanTransformer(config.transformer).state_dict())
     cache = _zeros({name: (rows, *shape) for name, (rows, shape) in cache_shapes(config).items()})
-    model = torch_programs.transformer(config.transformer, weights)
-    programs = torch_programs.video_programs(model, config, cache)
+    model = torch_programs.transformer(config.transformer, weights).to(device)
+    held = torch_program.on_device(cache, device)
+    programs = torch_programs.video_programs(model, config, held)
     if backend == "onnxruntime":
         from realtide.engines.longlive import export, onnx_programs
 
@@ -101,7 +109,8 @@ def _video(
     }
     for layer in range(config.transformer.layers):
         for kind in ("key", "value"):
-            found[f"kv.{layer}.{kind[0]}"] = _in_order(cache[f"{kind}_{layer}"], config, ordered)
+            name = f"{kind}_{layer}"
+            found[f"kv.{layer}.{kind[0]}"] = _in_order(torch_program.on_host(held[name]), config, ordered)
     return found
 
 
@@ -148,7 +157,12 @@ def _video_config(case: dict[str, Any]) -> VideoConfig:
 
 
 def _vae(
-    path: Path, case: dict[str, Any], tensors: dict[str, Array], backend: Backend, directory: Path
+    path: Path,
+    case: dict[str, Any],
+    tensors: dict[str, Array],
+    backend: Backend,
+    directory: Path,
+    device: str,
 ) -> dict[str, Array]:
     config = VaeConfig(
         dim=case["dim"],
@@ -161,17 +175,18 @@ def _vae(
     )
     from realtide.engines.longlive import torch_programs
     from realtide.engines.longlive.vae import WanVae
+    from realtide.engines.runtime.torch_program import on_device
 
     shapes = WanVae(config).state_dict()
     half = ("decoder.", "conv2.") if "pixels" not in tensors else ""
     weights = weights_beside(path, {name: value for name, value in shapes.items() if name.startswith(half)})
     absent = _zeros({name: tuple(value.shape) for name, value in shapes.items() if name not in weights})
-    model = torch_programs.vae(config, weights | absent)
+    model = torch_programs.vae(config, weights | absent).to(device)
     found: dict[str, Array] = {}
     latents = np.ascontiguousarray(tensors["latents"][0].swapaxes(0, 1))  # B C T H W -> T C H W
     height, width = latents.shape[2:]
     caches = _zeros(decoder_shapes(config, height, width))
-    programs = torch_programs.decoder_programs(model, caches, height, width)
+    programs = torch_programs.decoder_programs(model, on_device(caches, device), height, width)
     if backend == "onnxruntime":
         from realtide.engines.longlive import export, onnx_programs
 
@@ -184,7 +199,7 @@ def _vae(
         pixels = np.ascontiguousarray(tensors["pixels"][0].swapaxes(0, 1))
         height, width = pixels.shape[2:]
         caches = _zeros(encoder_shapes(config, height, width))
-        programs = torch_programs.encoder_programs(model, caches, height, width)
+        programs = torch_programs.encoder_programs(model, on_device(caches, device), height, width)
         if backend == "onnxruntime":
             graphs = export.export_encoder(model, height, width, directory)
             programs = onnx_programs.half_programs(graphs, weights, caches)
@@ -196,7 +211,12 @@ def _vae(
 
 
 def _text(
-    path: Path, case: dict[str, Any], tensors: dict[str, Array], backend: Backend, directory: Path
+    path: Path,
+    case: dict[str, Any],
+    tensors: dict[str, Array],
+    backend: Backend,
+    directory: Path,
+    device: str,
 ) -> dict[str, Array]:
     if case["shared_pos"]:
         raise CaseError(f"{path}: one table of positions for all layers is not supported")
@@ -213,7 +233,7 @@ def _text(
     from realtide.engines.longlive.text import TextEncoder
 
     weights = weights_beside(path, TextEncoder(config).state_dict())
-    model = torch_programs.text_encoder(config, weights)
+    model = torch_programs.text_encoder(config, weights).to(device)
     program = torch_programs.text_program(model)
     if backend == "onnxruntime":
         from realtide.engines.longlive import export, onnx_programs

@@ -20,10 +20,19 @@ from realtide.engines.longlive.transformer import Block, WanTransformer, attend,
 
 
 class _Cached(nn.Module):
-    """Runs the blocks over a session's cache."""
+    """Runs the blocks over a session's cache.
 
-    def __init__(self, model: WanTransformer, config: VideoConfig) -> None:
+    Args:
+        model: the transformer.
+        config: its shapes.
+        held: how many frames the window holds once these are written, where the caller knows: those places
+            are a prefix, so it is cut to length and needs no mask. Without a mask FlashAttention may be used,
+            and nothing is computed for places without a frame. `seen` is then not looked at.
+    """
+
+    def __init__(self, model: WanTransformer, config: VideoConfig, held: int | None = None) -> None:
         super().__init__()
+        self._held = held
         self.model = model
         self._stream = config.stream
         self._tokens = config.frame_tokens
@@ -33,6 +42,9 @@ class _Cached(nn.Module):
     def relative(self) -> bool:
         """True if keys are cached before rotary embedding."""
         return self._stream.rotary == "relative"
+
+    def _prefix(self, window_time: Tensor) -> Tensor:
+        return window_time if self._held is None else window_time[: self._held]
 
     def _run(
         self,
@@ -52,18 +64,23 @@ class _Cached(nn.Module):
         window_time, rest = (rest[0], rest[1:]) if self.relative else (None, rest)
         cross, caches = rest[: 2 * layers], list(rest[2 * layers :])
         table = rotary_table(time, space)
-        whole = None if window_time is None else rotary_table(window_time, space)
+        whole = None if window_time is None else rotary_table(self._prefix(window_time), space)
         within = (places[:, None] * tokens + torch.arange(tokens, device=places.device)).flatten()
         starts = torch.arange(heads, device=places.device) * (window * tokens)
         rows = (starts[:, None] + within).flatten()
         # One row of the mask serves all queries: within a block attention is not causal.
-        mask = seen[:, None].expand(-1, tokens).flatten()[None, None, None]
+        mask = None
+        if self._held is None:
+            mask = seen[:, None].expand(-1, tokens).flatten()[None, None, None]
 
         def write(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             for offset, new in enumerate((keys, values)):
                 index = 2 * layer + offset
                 caches[index] = write_rows(caches[index], rows, new[0].transpose(0, 1).flatten(0, 1))
-            return _by_head(caches[2 * layer], heads), _by_head(caches[2 * layer + 1], heads)
+            both = _by_head(caches[2 * layer], heads), _by_head(caches[2 * layer + 1], heads)
+            if self._held is None:
+                return both
+            return both[0][:, :, : self._held * tokens], both[1][:, :, : self._held * tokens]
 
         x = self.model.embed(latents[None])
         embedded, modulation = self.model.embed_time(sinusoids[None])

@@ -34,7 +34,7 @@ from realtide.engines.longlive.text import EncodeText, TextEncoder
 from realtide.engines.longlive.transformer import WanTransformer
 from realtide.engines.longlive.vae import DecodeFirst, DecodeNext, EncodeFirst, EncodeNext, WanVae
 from realtide.engines.runtime.program import Array, Program, TensorSpec
-from realtide.engines.runtime.torch_program import TorchProgram, load
+from realtide.engines.runtime.torch_program import State, TorchProgram, load
 
 
 def transformer(config: TransformerConfig, weights: Mapping[str, Array]) -> WanTransformer:
@@ -54,7 +54,7 @@ def text_encoder(config: TextConfig, weights: Mapping[str, Array]) -> TextEncode
     return load(TextEncoder(config), weights)
 
 
-def video_programs(model: WanTransformer, config: VideoConfig, cache: Mapping[str, Array]) -> VideoPrograms:
+def video_programs(model: WanTransformer, config: VideoConfig, cache: State) -> VideoPrograms:
     """Programs of one session over its cache (`config.cache_shapes`), updated in place."""
     state = tuple(
         TensorSpec(name, FLOAT, (rows, *shape)) for name, (rows, shape) in cache_shapes(config).items()
@@ -72,7 +72,7 @@ def video_programs(model: WanTransformer, config: VideoConfig, cache: Mapping[st
     )
 
 
-def decoder_programs(model: WanVae, caches: Mapping[str, Array], height: int, width: int) -> HalfPrograms:
+def decoder_programs(model: WanVae, caches: State, height: int, width: int) -> HalfPrograms:
     """Decoding programs of one stream of latents of `height` x `width` over its feature caches."""
     config = model.config
     state = _state(decoder_shapes(config, height, width))
@@ -84,7 +84,7 @@ def decoder_programs(model: WanVae, caches: Mapping[str, Array], height: int, wi
     )
 
 
-def encoder_programs(model: WanVae, caches: Mapping[str, Array], height: int, width: int) -> HalfPrograms:
+def encoder_programs(model: WanVae, caches: State, height: int, width: int) -> HalfPrograms:
     """Encoding programs of one video of `height` x `width` pixels over its feature caches."""
     config = model.config
     state = _state(encoder_shapes(config, height, width))

@@ -23,12 +23,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotary embedding of x [..., N, H, d] by cosines and sines [N, d / 2, 2]; pairs lie side by side."""
+    """Rotary embedding of x [..., N, H, d] by cosines and sines [N, d / 2, 2]; pairs lie side by side.
+
+    The table may be wider than x (float32 for a model in bfloat16): the result has the type of x.
+    """
     pairs = torch.unflatten(x, -1, (-1, 2))
     real, imaginary = pairs[..., 0], pairs[..., 1]
     cosine, sine = table[:, None, :, 0], table[:, None, :, 1]
     turned = torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1)
-    return turned.flatten(-2)
+    turned = turned.flatten(-2)
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)
 
 
 def rotary_table(time: Tensor, space: Tensor) -> Tensor:

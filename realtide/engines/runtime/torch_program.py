@@ -22,6 +22,8 @@ from realtide.engines.runtime.program import (
 )
 
 M = TypeVar("M", bound=nn.Module)
+State = Mapping[str, Array] | Mapping[str, Tensor]
+"""State tensors by name: arrays for a module on the processor, tensors for one on another device."""
 
 
 class TorchProgram:
@@ -46,7 +48,7 @@ class TorchProgram:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         state: Sequence[TensorSpec],
-        arrays: Mapping[str, Array] | Mapping[str, Tensor],
+        arrays: State,
     ) -> None:
         self._module = module.eval()
         self._device = _device_of(module)
@@ -129,6 +131,21 @@ def load(module: M, weights: Mapping[str, Array]) -> M:
             raise ValueError(f"weight {name!r} is {list(value.shape)}, not {list(wanted[name].shape)}")
     module.load_state_dict(values, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def on_device(arrays: Mapping[str, Array], device: str) -> State:
+    """State for a module on `device`: the arrays themselves for the processor, else copies there."""
+    if device == "cpu":
+        return arrays
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def on_host(value: Array | Tensor) -> Array:
+    """A state tensor's values as an array."""
+    if isinstance(value, Tensor):
+        array: Array = value.cpu().numpy()
+        return array
+    return value
 
 
 def _device_of(module: nn.Module) -> torch.device:

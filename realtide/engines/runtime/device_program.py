@@ -1,0 +1,120 @@
+"""Modules on a GPU, fed with tensors that are there already: nothing waits for the device (ours).
+
+`TorchProgram` takes and gives arrays, so every run waits for its results. A `DeviceProgram` takes tensors and
+gives tensors, and its work is only queued. For each set of shapes it can record a CUDA graph once and replay
+it: a pass of thousands of small kernels is then one call, which matters where launching them takes longer
+than they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from realtide.engines.runtime.program import ProgramError
+
+# Libraries choose kernels and allocate their workspaces in the first runs; that cannot be recorded.
+_WARM_UP = 2
+
+Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """A graph with the memory that it reads its inputs from and leaves its outputs in."""
+
+    graph: Any
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+class DeviceProgram:
+    """A module over state tensors on its device. Used by one thread.
+
+    Args:
+        module: called as ``module(*inputs, *state) -> (*outputs, *next_state)``; it must not wait for the
+            device (no branch on values), and its outputs' shapes follow from its inputs'.
+        state: tensors on the module's device; every run updates them in place.
+        record: replay CUDA graphs. What `run` returns is then overwritten by the next run of these shapes.
+        compiled: compile the module with `torch.compile` first. The first run of each set of shapes then
+            takes as long as the compiler does: a minute or more for a large model.
+
+    Raises:
+        ProgramError: graphs are wanted on a device that has none, or a state tensor is elsewhere.
+    """
+
+    def __init__(
+        self, module: nn.Module, state: Sequence[Tensor], *, record: bool = False, compiled: bool = False
+    ) -> None:
+        self._state = tuple(state)
+        device = next(iter((*module.parameters(), *module.buffers(), *self._state))).device
+        if record and device.type != "cuda":
+            raise ProgramError(f"CUDA graphs need a CUDA device, the module is on {device}")
+        for tensor in self._state:
+            if tensor.device != device:
+                raise ProgramError(f"a state tensor is on {tensor.device}, the module on {device}")
+        self._device = device
+        self._name = type(module).__name__
+        self._call: Any = module.eval()
+        if compiled:
+            self._call = torch.compile(self._call, dynamic=False)
+        self._record = record
+        self._recorded: dict[Shapes, _Recorded] = {}
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Queue one run.
+
+        Args:
+            inputs: on the module's device, in the forward's order.
+
+        Returns:
+            The outputs, on the device; they are valid for what is queued after them.
+
+        Raises:
+            ProgramError: an input is on another device.
+        """
+        for tensor in inputs:
+            if tensor.device != self._device:
+                raise ProgramError(f"{self._name}: an input is on {tensor.device}, not on {self._device}")
+        with torch.inference_mode():
+            if not self._record:
+                return self._eager(inputs)
+            shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+            recorded = self._recorded.get(shapes)
+            if recorded is None:
+                recorded = self._recorded[shapes] = self._made(inputs)
+            for own, tensor in zip(recorded.inputs, inputs, strict=True):
+                own.copy_(tensor)
+            recorded.graph.replay()
+            return recorded.outputs
+
+    def _eager(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        results = self._call(*inputs, *self._state)
+        if isinstance(results, Tensor):
+            results = (results,)
+        count = len(results) - len(self._state)
+        for tensor, following in zip(self._state, results[count:], strict=True):
+            if tensor.data_ptr() != following.data_ptr():
+                tensor.copy_(following)
+        return tuple(results[:count])
+
+    def _made(self, inputs: Sequence[Tensor]) -> _Recorded:
+        """Record a graph. The runs that warm up change the state, so it is put back."""
+        kept = [tensor.clone() for tensor in self._state]
+        own = tuple(tensor.clone() for tensor in inputs)
+        aside: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UP):
+                self._eager(own)
+        torch.cuda.current_stream(self._device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self._eager(own)
+        for tensor, before in zip(self._state, kept, strict=True):
+            tensor.copy_(before)
+        return _Recorded(graph, own, outputs)
