@@ -206,9 +206,12 @@ class AncatEngine:
         begun = time.perf_counter()
         works = [session.take() for session in sessions]
         windows = self._features.windows([work.drawn for work in works])
+        frames = [(i, work.first + k) for i, work in enumerate(works) for k in range(work.frames)]
+        stream, position = np.array(frames, np.int64).reshape(-1, 2).T.copy()
+        feeds = self._feeds(sessions, works, windows, stream, position)
         features_done = time.perf_counter()
         on_stage("features", features_done - begun, len(sessions))
-        encoded, available, counts = self._encode(sessions, works, windows)
+        encoded, available, counts = self._encode(sessions, works, feeds)
         encoder_done = time.perf_counter()
         on_stage("encoder", encoder_done - features_done, len(sessions))
         endings = [work.ending for work in works]
@@ -220,31 +223,42 @@ class AncatEngine:
         on_stage("decoder", time.perf_counter() - encoder_done, len(sessions))
         return events
 
+    def _feeds(
+        self,
+        sessions: Sequence[SpeechSession],
+        works: Sequence[Work],
+        windows: Float32,
+        stream: Int64,
+        position: Int64,
+    ) -> dict[str, Array]:
+        """Inputs of the encoder's graph for some sessions and their new windows."""
+        feeds: dict[str, Array] = {
+            "windows": windows,
+            "stream": stream,
+            "position": position,
+            "slots": np.array([session.slot for session in sessions], np.int64),
+            "arrived": np.array([work.first + work.frames for work in works], np.int64),
+            "least": np.array([threshold(s.options.lookahead_bias) for s in sessions], np.float32),
+            "cap": np.array([session.cap for session in sessions], np.int64),
+            "final": np.array([work.ending is not None for work in works], np.int64),
+        }
+        return {name: feeds[name] for name in self._inputs}
+
     def _encode(
-        self, sessions: Sequence[SpeechSession], works: Sequence[Work], windows: Float32
+        self, sessions: Sequence[SpeechSession], works: Sequence[Work], feeds: dict[str, Array]
     ) -> tuple[Float32, Int64, list[int]]:
         """Encoder rows [M, J] and their availability [M], session by session; the number of rows of each."""
         active = list(range(len(sessions)))
-        stream = np.repeat(np.arange(len(works)), [work.frames for work in works])
-        position = np.concatenate([np.arange(work.first, work.first + work.frames) for work in works])
         parts: list[tuple[Float32, Int64, Int64]] = []
-        while active:
-            chosen = [sessions[i] for i in active]
-            feeds: dict[str, Array] = {
-                "windows": windows,
-                "stream": stream.astype(np.int64, copy=False),
-                "position": position.astype(np.int64, copy=False),
-                "slots": np.array([session.slot for session in chosen], np.int64),
-                "arrived": np.array([works[i].first + works[i].frames for i in active], np.int64),
-                "least": np.array([threshold(s.options.lookahead_bias) for s in chosen], np.float32),
-                "cap": np.array([session.cap for session in chosen], np.int64),
-                "final": np.array([works[i].ending is not None for i in active], np.int64),
-            }
-            out = self._encoder.run({name: feeds[name] for name in self._inputs})
+        while True:
+            out = self._encoder.run(feeds)
             owner = np.array(active, np.int64)[out["stream_out"]]
             parts.append((out["encoded"], out["available"], owner))
             active = [i for i, more in zip(active, out["more"].tolist(), strict=True) if more]
-            windows, stream, position = windows[:0], stream[:0], position[:0]
+            if not active:
+                break
+            none = [feeds[name][:0] for name in ("windows", "stream", "position")]
+            feeds = self._feeds([sessions[i] for i in active], [works[i] for i in active], *none)
         encoded, available, owner = parts[0]
         if len(parts) > 1:
             encoded, available, owner = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -385,7 +385,11 @@ class _Fifo:
     def append(self, samples: Float32) -> None:
         n, held = len(samples), self._end - self._start
         if self._end + n > len(self._buffer):
-            self._move(max(2048, 2 * (held + n)))
+            if held + n <= len(self._buffer):
+                self._buffer.data[:held] = self._buffer.data[self._start : self._end]
+                self._start, self._end = 0, held
+            else:
+                self._move(max(2048, 2 * (held + n)))
         # Not NumPy's copy, which lets the interpreter's lock go above 500 elements.
         self._buffer.data[self._end : self._end + n] = samples.data
         self._end += n
