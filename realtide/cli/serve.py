@@ -33,6 +33,10 @@ def command(
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus port; 0: any free one.")] = None,
     slots: Annotated[int | None, typer.Option(help="Sessions that can be open at once, per model.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or int8.")] = None,
+    runtimes: Annotated[
+        str | None,
+        typer.Option(help="Runtimes in the order tried, with commas: torch-cuda,onnxruntime,torch-cpu."),
+    ] = None,
     executors: Annotated[int | None, typer.Option(help="Executor threads per model.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="console or json.")] = None,
@@ -56,6 +60,7 @@ def command(
         "metrics_port": metrics_port,
         "slots": slots,
         "precision": precision,
+        "runtimes": runtimes,
         "executors": executors,
         "log_level": log_level,
         "log_format": log_format,

@@ -28,9 +28,10 @@ from realtide.server.config import ConfigError, ServerConfig
 from realtide.server.health import HealthReporter
 from realtide.server.host import Host
 from realtide.server.interceptor import MetricsInterceptor
-from realtide.server.loading import load_engines
+from realtide.server.loading import Loaded, load_engines
 from realtide.server.metrics import Metrics
 from realtide.server.models import AnyEngine
+from realtide.server.runtimes import Choice
 from realtide.server.turns import TurnSelector
 from realtide_client.v1 import image_pb2_grpc, models_pb2_grpc, speech_pb2_grpc, video_pb2_grpc
 
@@ -88,8 +89,9 @@ class Server:
         # What is wrong with keys or certificates is said before models are loaded.
         access = self.access = Access(self.config, self.metrics)
         credentials = self._credentials()
-        for name, engines in (await self._load()).items():
+        for name, (engines, choice) in (await self._load()).items():
             model = models.serve(engines, self.config, self.metrics, self._health.changed)
+            model.choice = choice
             self.host.models[name] = model
             model.start()
         if not self.host.models:
@@ -135,22 +137,26 @@ class Server:
             "models": sorted(self.host.models),
         }
 
-    async def _load(self) -> dict[str, list[AnyEngine]]:
-        found: dict[str, list[AnyEngine]] = {}
+    async def _load(self) -> dict[str, tuple[list[AnyEngine], Choice | None]]:
+        found: dict[str, tuple[list[AnyEngine], Choice | None]] = {}
         if self._engines is not None:
             for engine in self._engines:
-                found.setdefault(engine.model, []).append(engine)
+                found.setdefault(engine.model, ([], None))[0].append(engine)
             return found
         for model in self.config.models:
             began = time.monotonic()
-            engines = await asyncio.to_thread(load_engines, model, self.config)
+            loaded: Loaded = await asyncio.to_thread(load_engines, model, self.config)
+            engines, choice = loaded.engines, loaded.choice
             name = engines[0].model
             if name in found:
                 raise ConfigError(f"models: two bundles are called {name!r}")
-            found[name] = engines
+            found[name] = engines, choice
             seconds = time.monotonic() - began
             self.metrics.model_load.labels(engines[0].name, name).set(seconds)
-            log.info("model loaded", extra={"model": name, "seconds": round(seconds, 3)})
+            log.info(
+                "model loaded",
+                extra={"model": name, "seconds": round(seconds, 3), "runtime": choice.runtime},
+            )
         return found
 
     def _credentials(self) -> grpc.ServerCredentials | None:

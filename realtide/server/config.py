@@ -16,9 +16,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict, SettingsError
+
+from realtide.server.runtimes import RUNTIMES, Runtime
 
 ENV_PREFIX = "REALTIDE_"
 # Read by `load_config` itself: the configuration file's path.
@@ -39,6 +49,27 @@ class ConfigError(Exception):
     """Not valid. The message has one line per field: name, accepted range, value and source."""
 
 
+def _order(value: object) -> object:
+    """An order of runtimes: a list, JSON, or names with commas between them; each once."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text.startswith("["):
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"not valid JSON: {error}") from None
+        else:
+            value = [part.strip() for part in text.split(",") if part.strip()]
+    if isinstance(value, (list, tuple)):
+        wrong = [name for name in value if name not in RUNTIMES]
+        if wrong or not value or len(set(value)) < len(value):
+            raise ValueError(f"must be one or more of {', '.join(RUNTIMES)}, each once")
+    return value
+
+
+Order = Annotated[tuple[Runtime, ...], NoDecode, BeforeValidator(_order)]
+
+
 class ModelConfig(BaseModel):
     """One model to serve. What is None takes the server's value of the same name."""
 
@@ -57,6 +88,7 @@ class ModelConfig(BaseModel):
     cache_bytes: int | None = Field(
         None, ge=1 << 16, le=1 << 44, description="Budget of the condition cache of an image model."
     )
+    runtimes: Order | None = Field(None, description="Runtimes in the order in which they are tried.")
 
 
 class ServerConfig(BaseModel):
@@ -126,6 +158,11 @@ class ServerConfig(BaseModel):
         None, ge=1, le=4096, description="Most sessions a step advances; None: all slots."
     )
     precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="Arithmetic of the weights.")
+    runtimes: Order = Field(
+        ("onnxruntime",),
+        description="Runtimes in the order in which they are tried: tensorrt, torch-cuda, onnxruntime, "
+        "torch-cpu. Why one was not taken is logged.",
+    )
     executors: int = Field(
         1, ge=1, le=64, description="Executor threads per model, each with an engine of its own."
     )

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from realtide.bundle import BundleError, resolve
+from realtide.engines.runtime.program import ProgramError
+from realtide.server import runtimes
 from realtide.server.config import ConfigError, ModelConfig, ServerConfig
 from realtide.server.models import AnyEngine
+from realtide.server.runtimes import BACKENDS, Choice, Passed, Runtime
+
+log = logging.getLogger(__name__)
 
 # Engine name in the manifest -> module with `load(bundle, *, slots, max_batch, precision, threads,
-# step_latency)`; those of _LARGE also take `resident`, those of _CACHED `cache_bytes`.
+# step_latency, backend)`; those of _LARGE also take `resident`, those of _CACHED `cache_bytes`, and `device`
+# whichever a GPU can serve.
 ENGINES = {
     "ancat": "realtide.engines.ancat.engine",
     "longlive": "realtide.engines.longlive.engine",
@@ -26,11 +34,22 @@ _LARGE = ("longlive",)
 _CACHED = ("easycontrol",)
 
 
-def load_engines(model: ModelConfig, config: ServerConfig) -> list[AnyEngine]:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The engines of a model, one for each executor, and the runtime that they have."""
+
+    engines: list[AnyEngine]
+    choice: Choice
+
+
+def load_engines(model: ModelConfig, config: ServerConfig) -> Loaded:
     """Load one engine per executor; together they have the model's slots.
 
+    The first runtime of the model's order that can be had is taken; see `runtimes`.
+
     Raises:
-        ConfigError: no bundle, one that its engine cannot take, or an engine that this server does not have.
+        ConfigError: no bundle, one that its engine cannot take, an engine that this server does not have, or
+            none of the runtimes.
     """
     try:
         return _load(resolve(str(model.bundle)), model, config)
@@ -38,14 +57,36 @@ def load_engines(model: ModelConfig, config: ServerConfig) -> list[AnyEngine]:
         raise ConfigError(f"models: {error}") from error
 
 
-def _load(bundle: Path, model: ModelConfig, config: ServerConfig) -> list[AnyEngine]:
-    name = _engine(bundle)
+def _load(bundle: Path, model: ModelConfig, config: ServerConfig) -> Loaded:
+    name, order = _engine(bundle), model.runtimes or config.runtimes
+    passed: list[Passed] = []
+    for runtime in order:
+        reason = runtimes.missing(runtime, name, model.precision or config.precision)
+        if reason is None:
+            try:
+                return Loaded(_made(bundle, name, runtime, model, config), Choice(runtime, tuple(passed)))
+            except (BundleError, ProgramError, ImportError) as error:
+                if len(order) == 1:
+                    raise
+                reason = str(error)
+        passed.append(Passed(runtime, reason))
+        log.warning("runtime not taken", extra={"bundle": str(bundle), "runtime": runtime, "reason": reason})
+    reasons = "; ".join(f"{one.runtime}: {one.reason}" for one in passed)
+    raise ConfigError(f"models: {bundle} can be served by none of the runtimes asked for: {reasons}")
+
+
+def _made(
+    bundle: Path, name: str, runtime: Runtime, model: ModelConfig, config: ServerConfig
+) -> list[AnyEngine]:
     load: Callable[..., AnyEngine] = importlib.import_module(ENGINES[name]).load
     slots = model.slots or (config.video_slots if name in _LARGE else config.slots)
     executors = min(model.executors or config.executors, slots)
     shares = [slots // executors + (index < slots % executors) for index in range(executors)]
     resident = model.resident or config.video_resident
     more: dict[str, Any] = {"resident": resident and -(-resident // executors)} if name in _LARGE else {}
+    backend, device = BACKENDS[runtime]
+    if device != "cpu":
+        more["device"] = device
     if name in _CACHED:
         budget = model.cache_bytes or config.image_cache_bytes
         more["cache_bytes"] = budget and budget // executors
@@ -58,6 +99,7 @@ def _load(bundle: Path, model: ModelConfig, config: ServerConfig) -> list[AnyEng
             precision=model.precision or config.precision,
             threads=config.ort_threads,
             step_latency=config.step_latency,
+            backend=backend,
         )
         for share in shares
     ]

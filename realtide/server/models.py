@@ -15,6 +15,7 @@ from realtide.server.config import ServerConfig
 from realtide.server.executor import Executor
 from realtide.server.handle import Handle
 from realtide.server.metrics import Metrics, Occupancy
+from realtide.server.runtimes import Choice
 from realtide.server.status import invalid, misfit, no_model, refused
 from realtide.server.video_meter import FrameRates
 
@@ -167,6 +168,7 @@ class ServedModel:
         self.name = engines[0].model
         self.engine_name = engines[0].name
         self.max_batch = engines[0].max_batch
+        self.choice: Choice | None = None  # None: the engines were handed over, not loaded
         self.metrics = metrics.for_model(self.engine_name, self.name)
         self.executors = [
             Executor(engine, self.metrics, config.max_audio_ahead, events, on_change) for engine in engines

@@ -73,6 +73,10 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
             ),
             limits=limits(self._host.config),
         )
+        if model.choice is not None:
+            described.runtime = model.choice.runtime
+            for one in model.choice.passed:
+                described.runtimes_passed.add(runtime=one.runtime, reason=one.reason)
         if isinstance(model, SpeechModel):
             described.speech.CopyFrom(self._speech(model.info))
         if isinstance(model, VideoModel):

@@ -230,7 +230,7 @@ def test_loading_shares_the_slots_among_executors(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("importlib.import_module", lambda name: Module)
     config = ServerConfig(slots=7, executors=3, max_batch=3, precision="int8", ort_threads=2)
-    engines = load_engines(ModelConfig(bundle=tmp_path), config)
+    engines = load_engines(ModelConfig(bundle=tmp_path), config).engines
     assert [engine.slots for engine in engines] == [3, 2, 2]
     assert [options["max_batch"] for options in seen] == [3, 2, 2]
     assert all((one["precision"], one["threads"]) == ("int8", 2) for one in seen)

@@ -27,7 +27,6 @@ from realtide.engines.ancat.types import SpeechEvent, SpeechOptions
 from realtide.engines.ancat.utterance import DecoderConfig
 from realtide.engines.ancat.words import WordTiming
 from realtide.engines.engine import CheckpointMismatch, Session, StageTimer
-from realtide.engines.runtime.ort import OrtOptions, OrtProgram
 from realtide.engines.runtime.program import Array, Program
 from realtide.engines.runtime.slots import SlotPool, SlotState
 from realtide.engines.runtime.weights import WeightFile
@@ -314,6 +313,8 @@ def load(
 
         encoder, joiner = programs(config, step_frames, weights, state, threads)
     else:
+        from realtide.engines.runtime.ort import OrtOptions, OrtProgram
+
         options = OrtOptions(intra_op_num_threads=threads)
         encoder = OrtProgram(loaded.graph("encoder", wanted), weights, state, options)
         joiner = OrtProgram(loaded.graph("joiner", wanted), weights, {}, options)

@@ -34,7 +34,6 @@ from realtide.engines.easycontrol.tokenizer import PooledTokenizer, PromptTokeni
 from realtide.engines.easycontrol.types import ImageEvent, ImageModelInfo, ImageOptions
 from realtide.engines.easycontrol.worker import Worker
 from realtide.engines.engine import Session, StageTimer
-from realtide.engines.runtime.ort import OrtOptions
 from realtide.engines.runtime.program import Array
 from realtide.engines.runtime.slots import SlotPool
 from realtide.engines.runtime.weights import WeightFile
@@ -206,6 +205,7 @@ def load(
     threads: int = 1,
     step_latency: float = 0.1,
     backend: str = "onnxruntime",
+    device: str = "cpu",
     cache_bytes: int | None = None,
 ) -> EasyControlEngine:
     """Load a bundle into an engine.
@@ -218,6 +218,7 @@ def load(
         threads: threads of one program.
         step_latency: seconds after which a session's next step is due.
         backend: ``onnxruntime``, or ``torch`` where PyTorch is installed.
+        device: of the backend ``torch``.
         cache_bytes: budget of the condition cache; None: 256 MiB, or a few conditions if that is more.
 
     Raises:
@@ -248,8 +249,10 @@ def load(
             adapters[kind] = loras.stacked(config.transformer, weights, 1.0, lora(kind))
         except KeyError as error:
             raise BundleError(f"{loaded.weights}: the LoRA of {kind} lacks {error}") from None
-    make = _torch if backend == "torch" else _onnx
-    programs = make(loaded, wanted, config, text, pooled, weights, threads)
+    if backend == "torch":
+        programs = _torch(config, text, pooled, weights, threads, device)
+    else:
+        programs = _onnx(loaded, wanted, weights, threads)
     store = ConditionStore(budget, each)
     worker = Worker(f"images-{loaded.manifest.name}")
     try:
@@ -260,7 +263,7 @@ def load(
         version=loaded.manifest.version,
         backend=backend,
         precision={long: short_name for short_name, long in PRECISIONS.items()}[wanted],
-        device="cpu",
+        device=device,
         license=loaded.manifest.licence,
         multiple=config.token_pixels,
         steps=config.sampler.steps,
@@ -332,29 +335,21 @@ def _limits(values: Mapping[str, Any], config: ImageConfig) -> dict[str, Any]:
     }
 
 
-def _onnx(
-    bundle: Bundle,
-    precision: Precision,
-    config: ImageConfig,
-    text: TextConfig,
-    pooled: PooledConfig,
-    weights: Mapping[str, Array],
-    threads: int,
-) -> ImagePrograms:
+def _onnx(bundle: Bundle, precision: Precision, weights: Mapping[str, Array], threads: int) -> ImagePrograms:
     from realtide.engines.easycontrol import onnx_programs
+    from realtide.engines.runtime.ort import OrtOptions
 
     graphs = PROGRAMS.map(lambda name: bundle.graph(name, precision))
     return onnx_programs.image_programs(graphs, weights, OrtOptions(intra_op_num_threads=threads))
 
 
 def _torch(
-    bundle: Bundle,
-    precision: Precision,
     config: ImageConfig,
     text: TextConfig,
     pooled: PooledConfig,
     weights: Mapping[str, Array],
     threads: int,
+    device: str,
 ) -> ImagePrograms:
     import torch
 
@@ -362,4 +357,6 @@ def _torch(
 
     torch.set_num_threads(threads)
     made = torch_programs.loaded(config, text, pooled, weights)
+    for module in made.parts().values():
+        module.to(device)
     return torch_programs.image_programs(made, config, text, pooled)

@@ -34,7 +34,6 @@ from realtide.engines.longlive.session import Parts, VideoSession, unpack
 from realtide.engines.longlive.timeline import Timeline
 from realtide.engines.longlive.tokenizer import PromptTokenizer
 from realtide.engines.longlive.types import VideoEvent, VideoModelInfo, VideoOptions
-from realtide.engines.runtime.ort import OrtOptions
 from realtide.engines.runtime.program import Array, Program
 from realtide.engines.runtime.slots import SlotPool
 from realtide.engines.runtime.weights import WeightFile
@@ -281,6 +280,7 @@ def _onnx(
     threads: int,
 ) -> tuple[Program, list[Cache]]:
     from realtide.engines.longlive import onnx_programs
+    from realtide.engines.runtime.ort import OrtOptions
 
     options = OrtOptions(intra_op_num_threads=threads)
 

@@ -28,17 +28,17 @@ from . import speech_pb2 as realtide_dot_v1_dot_speech__pb2
 from . import video_pb2 as realtide_dot_v1_dot_video__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18realtide/v1/models.proto\x12\x0brealtide.v1\x1a\x18realtide/v1/common.proto\x1a\x17realtide/v1/image.proto\x1a\x18realtide/v1/speech.proto\x1a\x17realtide/v1/video.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.realtide.v1.Model\"$\n\x14\x44\x65scribeModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x15\x44\x65scribeModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.realtide.v1.Model\"\xf9\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.realtide.v1.ModelState\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x0f\n\x07license\x18\x08 \x01(\t\x12\'\n\x08\x63\x61pacity\x18\t \x01(\x0b\x32\x15.realtide.v1.Capacity\x12#\n\x06limits\x18\n \x01(\x0b\x32\x13.realtide.v1.Limits\x12*\n\x06speech\x18\x0b \x01(\x0b\x32\x18.realtide.v1.SpeechModelH\x00\x12(\n\x05video\x18\x0c \x01(\x0b\x32\x17.realtide.v1.VideoModelH\x00\x12(\n\x05image\x18\r \x01(\x0b\x32\x17.realtide.v1.ImageModelH\x00\x42\x06\n\x04kind\"d\n\x08\x43\x61pacity\x12\r\n\x05slots\x18\x01 \x01(\r\x12\x12\n\nfree_slots\x18\x02 \x01(\r\x12\x0e\n\x06queued\x18\x03 \x01(\r\x12\x12\n\nmax_queued\x18\x04 \x01(\r\x12\x11\n\tmax_batch\x18\x05 \x01(\r\"\xa3\x02\n\x0bSpeechModel\x12\x16\n\x0elanguage_codes\x18\x01 \x03(\t\x12\x1c\n\x14model_sample_rate_hz\x18\x02 \x01(\r\x12-\n\tencodings\x18\x03 \x03(\x0e\x32\x1a.realtide.v1.AudioEncoding\x12\x15\n\rframe_seconds\x18\x04 \x01(\x01\x12\x1e\n\x16\x66ront_end_lookahead_ms\x18\x05 \x01(\x01\x12\x18\n\x10max_lookahead_ms\x18\x06 \x01(\x01\x12\x33\n\x0f\x64\x65\x66\x61ult_options\x18\x07 \x01(\x0b\x32\x1a.realtide.v1.SpeechOptions\x12)\n\x06limits\x18\x08 \x01(\x0b\x32\x19.realtide.v1.SpeechLimits\"\xf0\x01\n\nVideoModel\x12%\n\x05sizes\x18\x01 \x03(\x0b\x32\x16.realtide.v1.VideoSize\x12-\n\tencodings\x18\x02 \x03(\x0e\x32\x1a.realtide.v1.VideoEncoding\x12\x19\n\x11\x66rames_per_second\x18\x03 \x01(\x01\x12\x14\n\x0c\x62lock_frames\x18\x04 \x01(\r\x12\x1a\n\x12\x66irst_block_frames\x18\x05 \x01(\r\x12\x15\n\rsession_bytes\x18\x06 \x01(\x04\x12(\n\x06limits\x18\x07 \x01(\x0b\x32\x18.realtide.v1.VideoLimits\"*\n\tVideoSize\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\"\xbf\x02\n\nImageModel\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12-\n\tencodings\x18\x03 \x03(\x0e\x32\x1a.realtide.v1.ImageEncoding\x12\r\n\x05steps\x18\x04 \x01(\r\x12\x15\n\x08guidance\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12)\n\x05kinds\x18\x06 \x03(\x0b\x32\x1a.realtide.v1.ConditionKind\x12\x16\n\x0e\x63ondition_size\x18\x07 \x01(\r\x12\x17\n\x0f\x63ondition_bytes\x18\x08 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\t \x01(\x04\x12\x15\n\rpreview_scale\x18\n \x01(\r\x12(\n\x06limits\x18\x0b \x01(\x0b\x32\x18.realtide.v1.ImageLimitsB\x0b\n\t_guidance\"G\n\rConditionKind\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x04role\x18\x02 \x01(\x0e\x32\x1a.realtide.v1.ConditionRole*\x8b\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04*g\n\rConditionRole\x12\x1e\n\x1a\x43ONDITION_ROLE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43ONDITION_ROLE_SPATIAL\x10\x01\x12\x1a\n\x16\x43ONDITION_ROLE_SUBJECT\x10\x02\x32\xaf\x01\n\x06Models\x12M\n\nListModels\x12\x1e.realtide.v1.ListModelsRequest\x1a\x1f.realtide.v1.ListModelsResponse\x12V\n\rDescribeModel\x12!.realtide.v1.DescribeModelRequest\x1a\".realtide.v1.DescribeModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18realtide/v1/models.proto\x12\x0brealtide.v1\x1a\x18realtide/v1/common.proto\x1a\x17realtide/v1/image.proto\x1a\x18realtide/v1/speech.proto\x1a\x17realtide/v1/video.proto\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.realtide.v1.Model\"$\n\x14\x44\x65scribeModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x15\x44\x65scribeModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.realtide.v1.Model\"\xbf\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.realtide.v1.ModelState\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x0f\n\x07license\x18\x08 \x01(\t\x12\'\n\x08\x63\x61pacity\x18\t \x01(\x0b\x32\x15.realtide.v1.Capacity\x12#\n\x06limits\x18\n \x01(\x0b\x32\x13.realtide.v1.Limits\x12*\n\x06speech\x18\x0b \x01(\x0b\x32\x18.realtide.v1.SpeechModelH\x00\x12(\n\x05video\x18\x0c \x01(\x0b\x32\x17.realtide.v1.VideoModelH\x00\x12(\n\x05image\x18\r \x01(\x0b\x32\x17.realtide.v1.ImageModelH\x00\x12\x0f\n\x07runtime\x18\x0e \x01(\t\x12\x33\n\x0fruntimes_passed\x18\x0f \x03(\x0b\x32\x1a.realtide.v1.RuntimePassedB\x06\n\x04kind\"0\n\rRuntimePassed\x12\x0f\n\x07runtime\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"d\n\x08\x43\x61pacity\x12\r\n\x05slots\x18\x01 \x01(\r\x12\x12\n\nfree_slots\x18\x02 \x01(\r\x12\x0e\n\x06queued\x18\x03 \x01(\r\x12\x12\n\nmax_queued\x18\x04 \x01(\r\x12\x11\n\tmax_batch\x18\x05 \x01(\r\"\xa3\x02\n\x0bSpeechModel\x12\x16\n\x0elanguage_codes\x18\x01 \x03(\t\x12\x1c\n\x14model_sample_rate_hz\x18\x02 \x01(\r\x12-\n\tencodings\x18\x03 \x03(\x0e\x32\x1a.realtide.v1.AudioEncoding\x12\x15\n\rframe_seconds\x18\x04 \x01(\x01\x12\x1e\n\x16\x66ront_end_lookahead_ms\x18\x05 \x01(\x01\x12\x18\n\x10max_lookahead_ms\x18\x06 \x01(\x01\x12\x33\n\x0f\x64\x65\x66\x61ult_options\x18\x07 \x01(\x0b\x32\x1a.realtide.v1.SpeechOptions\x12)\n\x06limits\x18\x08 \x01(\x0b\x32\x19.realtide.v1.SpeechLimits\"\xf0\x01\n\nVideoModel\x12%\n\x05sizes\x18\x01 \x03(\x0b\x32\x16.realtide.v1.VideoSize\x12-\n\tencodings\x18\x02 \x03(\x0e\x32\x1a.realtide.v1.VideoEncoding\x12\x19\n\x11\x66rames_per_second\x18\x03 \x01(\x01\x12\x14\n\x0c\x62lock_frames\x18\x04 \x01(\r\x12\x1a\n\x12\x66irst_block_frames\x18\x05 \x01(\r\x12\x15\n\rsession_bytes\x18\x06 \x01(\x04\x12(\n\x06limits\x18\x07 \x01(\x0b\x32\x18.realtide.v1.VideoLimits\"*\n\tVideoSize\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\"\xbf\x02\n\nImageModel\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12-\n\tencodings\x18\x03 \x03(\x0e\x32\x1a.realtide.v1.ImageEncoding\x12\r\n\x05steps\x18\x04 \x01(\r\x12\x15\n\x08guidance\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12)\n\x05kinds\x18\x06 \x03(\x0b\x32\x1a.realtide.v1.ConditionKind\x12\x16\n\x0e\x63ondition_size\x18\x07 \x01(\r\x12\x17\n\x0f\x63ondition_bytes\x18\x08 \x01(\x04\x12\x13\n\x0b\x63\x61\x63he_bytes\x18\t \x01(\x04\x12\x15\n\rpreview_scale\x18\n \x01(\r\x12(\n\x06limits\x18\x0b \x01(\x0b\x32\x18.realtide.v1.ImageLimitsB\x0b\n\t_guidance\"G\n\rConditionKind\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x04role\x18\x02 \x01(\x0e\x32\x1a.realtide.v1.ConditionRole*\x8b\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04*g\n\rConditionRole\x12\x1e\n\x1a\x43ONDITION_ROLE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43ONDITION_ROLE_SPATIAL\x10\x01\x12\x1a\n\x16\x43ONDITION_ROLE_SUBJECT\x10\x02\x32\xaf\x01\n\x06Models\x12M\n\nListModels\x12\x1e.realtide.v1.ListModelsRequest\x1a\x1f.realtide.v1.ListModelsResponse\x12V\n\rDescribeModel\x12!.realtide.v1.DescribeModelRequest\x1a\".realtide.v1.DescribeModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'realtide.v1.models_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=1779
-  _globals['_MODELSTATE']._serialized_end=1918
-  _globals['_CONDITIONROLE']._serialized_start=1920
-  _globals['_CONDITIONROLE']._serialized_end=2023
+  _globals['_MODELSTATE']._serialized_start=1899
+  _globals['_MODELSTATE']._serialized_end=2038
+  _globals['_CONDITIONROLE']._serialized_start=2040
+  _globals['_CONDITIONROLE']._serialized_end=2143
   _globals['_LISTMODELSREQUEST']._serialized_start=143
   _globals['_LISTMODELSREQUEST']._serialized_end=162
   _globals['_LISTMODELSRESPONSE']._serialized_start=164
@@ -48,19 +48,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DESCRIBEMODELRESPONSE']._serialized_start=260
   _globals['_DESCRIBEMODELRESPONSE']._serialized_end=318
   _globals['_MODEL']._serialized_start=321
-  _globals['_MODEL']._serialized_end=698
-  _globals['_CAPACITY']._serialized_start=700
-  _globals['_CAPACITY']._serialized_end=800
-  _globals['_SPEECHMODEL']._serialized_start=803
-  _globals['_SPEECHMODEL']._serialized_end=1094
-  _globals['_VIDEOMODEL']._serialized_start=1097
-  _globals['_VIDEOMODEL']._serialized_end=1337
-  _globals['_VIDEOSIZE']._serialized_start=1339
-  _globals['_VIDEOSIZE']._serialized_end=1381
-  _globals['_IMAGEMODEL']._serialized_start=1384
-  _globals['_IMAGEMODEL']._serialized_end=1703
-  _globals['_CONDITIONKIND']._serialized_start=1705
-  _globals['_CONDITIONKIND']._serialized_end=1776
-  _globals['_MODELS']._serialized_start=2026
-  _globals['_MODELS']._serialized_end=2201
+  _globals['_MODEL']._serialized_end=768
+  _globals['_RUNTIMEPASSED']._serialized_start=770
+  _globals['_RUNTIMEPASSED']._serialized_end=818
+  _globals['_CAPACITY']._serialized_start=820
+  _globals['_CAPACITY']._serialized_end=920
+  _globals['_SPEECHMODEL']._serialized_start=923
+  _globals['_SPEECHMODEL']._serialized_end=1214
+  _globals['_VIDEOMODEL']._serialized_start=1217
+  _globals['_VIDEOMODEL']._serialized_end=1457
+  _globals['_VIDEOSIZE']._serialized_start=1459
+  _globals['_VIDEOSIZE']._serialized_end=1501
+  _globals['_IMAGEMODEL']._serialized_start=1504
+  _globals['_IMAGEMODEL']._serialized_end=1823
+  _globals['_CONDITIONKIND']._serialized_start=1825
+  _globals['_CONDITIONKIND']._serialized_end=1896
+  _globals['_MODELS']._serialized_start=2146
+  _globals['_MODELS']._serialized_end=2321
 # @@protoc_insertion_point(module_scope)

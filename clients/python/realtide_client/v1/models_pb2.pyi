@@ -185,6 +185,8 @@ class Model(_message.Message):
     SPEECH_FIELD_NUMBER: _builtins.int
     VIDEO_FIELD_NUMBER: _builtins.int
     IMAGE_FIELD_NUMBER: _builtins.int
+    RUNTIME_FIELD_NUMBER: _builtins.int
+    RUNTIMES_PASSED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name, as used in SessionOptions."""
     version: _builtins.str
@@ -201,6 +203,10 @@ class Model(_message.Message):
     """Where it runs: "cpu", "cuda:0"."""
     license: _builtins.str
     """SPDX expression of the weights' licence."""
+    runtime: _builtins.str
+    """The runtime that serves it: "tensorrt", "torch-cuda", "onnxruntime" or "torch-cpu". Empty: the server was
+    handed the model ready to run.
+    """
     @_builtins.property
     def capacity(self) -> Global___Capacity:
         """Slots and sessions at this moment."""
@@ -221,6 +227,10 @@ class Model(_message.Message):
     def image(self) -> Global___ImageModel:
         """Serves Image.Stream."""
 
+    @_builtins.property
+    def runtimes_passed(self) -> _containers.RepeatedCompositeFieldContainer[Global___RuntimePassed]:
+        """The runtimes that stood before it in the server's order and were not taken."""
+
     def __init__(
         self,
         *,
@@ -237,16 +247,44 @@ class Model(_message.Message):
         speech: Global___SpeechModel | None = ...,
         video: Global___VideoModel | None = ...,
         image: Global___ImageModel | None = ...,
+        runtime: _builtins.str = ...,
+        runtimes_passed: _abc.Iterable[Global___RuntimePassed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "image", b"image", "kind", b"kind", "limits", b"limits", "speech", b"speech", "video", b"video"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "capacity", b"capacity", "device", b"device", "engine", b"engine", "image", b"image", "kind", b"kind", "license", b"license", "limits", b"limits", "name", b"name", "precision", b"precision", "speech", b"speech", "state", b"state", "version", b"version", "video", b"video"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "capacity", b"capacity", "device", b"device", "engine", b"engine", "image", b"image", "kind", b"kind", "license", b"license", "limits", b"limits", "name", b"name", "precision", b"precision", "runtime", b"runtime", "runtimes_passed", b"runtimes_passed", "speech", b"speech", "state", b"state", "version", b"version", "video", b"video"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["speech", "video", "image"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class RuntimePassed(_message.Message):
+    """A runtime that was not taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNTIME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    runtime: _builtins.str
+    """Its name."""
+    reason: _builtins.str
+    """Why, as a sentence without its full stop."""
+    def __init__(
+        self,
+        *,
+        runtime: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "runtime", b"runtime"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RuntimePassed: _TypeAlias = RuntimePassed  # noqa: Y015
 
 @_typing.final
 class Capacity(_message.Message):
