@@ -182,7 +182,7 @@ def build_engine(
         raise ProgramError(f"{label}: {error.strerror}") from error
     info = read_graph(data)
     said: list[str] = []
-    builder = trt.Builder(_listener(trt, said))
+    builder = trt.Builder(listener(trt, said))
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     held = _parse(trt, label, data, info, weights, network, said)
@@ -193,11 +193,11 @@ def build_engine(
         for name, (least, usual, most) in shapes.items():
             profile.set_shape(name, least, usual, most)
         if config.add_optimization_profile(profile) < 0:
-            raise ProgramError(f"{label}: {_joined(said) or 'the sizes are refused'}")
+            raise ProgramError(f"{label}: {joined(said) or 'the sizes are refused'}")
     _set_target(trt, config, options.capability)
     timing = options.timing if times_kernels(trt) else None
     if timing is not None and not config.set_timing_cache(config.create_timing_cache(timing.data), False):
-        raise ProgramError(f"{label}: {_joined(said) or 'the timing cache is refused'}")
+        raise ProgramError(f"{label}: {joined(said) or 'the timing cache is refused'}")
     monitor = _monitor(trt, options.on_progress) if options.on_progress else None
     config.progress_monitor = monitor
     built = builder.build_serialized_network(network, config)
@@ -207,7 +207,7 @@ def build_engine(
     if built is not None and timing is not None:
         timing.data = bytes(config.get_timing_cache().serialize())
     if built is None:
-        raise ProgramError(f"{label}: {_joined(said) or 'no engine could be built'}")
+        raise ProgramError(f"{label}: {joined(said) or 'no engine could be built'}")
     engine = bytes(built)
     log.info(
         "%s: %s %s, %d layers, %d bytes",
@@ -230,7 +230,7 @@ def _parse(
     said: list[str],
 ) -> list[Any]:
     """Fill the network. Returns what must live until it is built."""
-    parser = trt.OnnxParser(network, _listener(trt, said))
+    parser = trt.OnnxParser(network, listener(trt, said))
     arrays: list[Any] = [parser]
     if not parser.load_model_proto(data):
         raise ProgramError(f"{label}: {_complaints(parser, said)}")
@@ -267,8 +267,8 @@ def _shapes(
     return found
 
 
-def _listener(trt: ModuleType, said: list[str]) -> Any:
-    """A logger that keeps errors, to be told with the exception, and passes the rest on."""
+def listener(trt: ModuleType, said: list[str]) -> Any:
+    """TensorRT's logger that keeps errors, to be told with the exception, and passes the rest on."""
 
     class Listener(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -331,8 +331,9 @@ def _complaints(parser: Any, said: list[str]) -> str:
     """What the parser found wrong, node by node."""
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
     told = [f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors]
-    return _joined([*told, *said]) or "no reason is given"
+    return joined([*told, *said]) or "no reason is given"
 
 
-def _joined(messages: list[str]) -> str:
+def joined(messages: list[str]) -> str:
+    """What a listener kept, as one line."""
     return "; ".join(" ".join(message.split()) for message in messages)[:1000]
