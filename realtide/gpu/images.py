@@ -48,6 +48,7 @@ def run(bench: Bench, compiled: bool, size: str) -> dict[str, Any]:
     # 1 GB beside the weights would do for the activations; graphs keep theirs, three times over.
     bench.room(int(bench.itemsize * _parameters(shapes) + 6e9), f"EasyControl at size {size}")
     model = bench.model(lambda: FluxTransformer(shapes))
+    model.fuse()
     tokens, scalars = side * side, [0.5, 3.5][: shapes.scalars]
     inputs = [
         bench.random(1, tokens, shapes.channels),

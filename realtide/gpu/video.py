@@ -80,6 +80,7 @@ class _Stream:
     def __init__(self, bench: Bench, config: VideoConfig, vae: VaeConfig, compiled: bool) -> None:
         self.bench, self.config, self.vae = bench, config, vae
         self.model = bench.model(lambda: WanTransformer(config.transformer))
+        self.model.fuse()
         decoder = bench.model(lambda: WanVae(vae))
         stream = config.stream
         self.state = [bench.random(rows, *shape) for rows, shape in cache_shapes(config).values()]

@@ -357,6 +357,7 @@ def _torch(
 
     torch.set_num_threads(threads)
     made = torch_programs.loaded(config, text, pooled, weights)
+    made.transformer.fuse()
     for module in made.parts().values():
         module.to(device)
     return torch_programs.image_programs(made, config, text, pooled)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from realtide.engines.easycontrol.config import TransformerConfig
+from realtide.engines.runtime.fuse import fused
 
 Cache = tuple[Tensor, Tensor]
 """Keys and values [B, H, M, d] of conditions in one block."""
@@ -149,6 +150,24 @@ class Attention(nn.Module):
             self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
             self.to_add_out = nn.Linear(dim, dim)
             self.norm_added_q, self.norm_added_k = RmsNorm(head, eps), RmsNorm(head, eps)
+        self.qkv: nn.Linear | None = None
+        self.added_qkv: nn.Linear | None = None
+
+    def fuse(self) -> None:
+        """Make the projections of one input one layer; they have no names of the release then."""
+        self.qkv = fused((self.to_q, self.to_k, self.to_v))
+        del self.to_q, self.to_k, self.to_v
+        if hasattr(self, "add_q_proj"):
+            self.added_qkv = fused((self.add_q_proj, self.add_k_proj, self.add_v_proj))
+            del self.add_q_proj, self.add_k_proj, self.add_v_proj
+
+    def projected(self, x: Tensor, first: int = QUERY) -> Sequence[Tensor]:
+        """Queries, keys and values [B, n, D] of x [B, n, D] before everything else, from `first` on."""
+        if self.qkv is None:
+            return [project(x) for project in (self.to_q, self.to_k, self.to_v)[first:]]
+        rows = first * self.qkv.in_features
+        bias = None if self.qkv.bias is None else self.qkv.bias[rows:]
+        return F.linear(x, self.qkv.weight[rows:], bias).chunk(3 - first, -1)
 
     def split(self, x: Tensor) -> Tensor:
         """[B, n, D] -> [B, H, n, d]."""
@@ -157,21 +176,25 @@ class Attention(nn.Module):
     def image(self, x: Tensor, table: Tensor, lora: Lora | None = None) -> Qkv:
         """Queries and keys, normed and rotated, and values [B, H, n, d] of x [B, n, D]."""
         queries, keys, values = (
-            self.split(adapted(x, project(x), lora, index))
-            for index, project in ((QUERY, self.to_q), (KEY, self.to_k), (VALUE, self.to_v))
+            self.split(adapted(x, base, lora, index)) for index, base in enumerate(self.projected(x))
         )
         return rotate(self.norm_q(queries), table), rotate(self.norm_k(keys), table), values
 
     def keys_values(self, x: Tensor, table: Tensor, lora: Lora | None) -> Cache:
         """Keys and values as of `image`."""
-        keys = self.split(adapted(x, self.to_k(x), lora, KEY))
-        return rotate(self.norm_k(keys), table), self.split(adapted(x, self.to_v(x), lora, VALUE))
+        keys, values = (
+            self.split(adapted(x, base, lora, index))
+            for index, base in enumerate(self.projected(x, KEY), KEY)
+        )
+        return rotate(self.norm_k(keys), table), values
 
     def text(self, x: Tensor, table: Tensor) -> Qkv:
         """As `image`, with the text's projections."""
-        queries, keys, values = (
-            self.split(project(x)) for project in (self.add_q_proj, self.add_k_proj, self.add_v_proj)
-        )
+        if self.added_qkv is None:
+            parts = [project(x) for project in (self.add_q_proj, self.add_k_proj, self.add_v_proj)]
+        else:
+            parts = list(self.added_qkv(x).chunk(3, -1))
+        queries, keys, values = map(self.split, parts)
         return rotate(self.norm_added_q(queries), table), rotate(self.norm_added_k(keys), table), values
 
 
@@ -283,6 +306,12 @@ class FluxTransformer(nn.Module):
         self.norm_last = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
         self.norm_out = Modulation(config.dim, 2)
         self.proj_out = nn.Linear(config.dim, config.channels)
+
+    def fuse(self) -> None:
+        """Fuse the projections of every attention, once the weights are loaded."""
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            assert isinstance(block, DoubleBlock | SingleBlock)
+            block.attn.fuse()
 
     def forward(
         self,

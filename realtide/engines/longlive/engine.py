@@ -318,6 +318,7 @@ def _torch(
         return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
 
     model = torch_programs.transformer(config.transformer, part(TRANSFORMER))
+    model.fuse()
     decoder = torch_programs.vae(vae, part(VAE))
     encoder = torch_programs.text_encoder(text, part(TEXT))
     caches = []

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from realtide.engines.longlive.config import TransformerConfig
+from realtide.engines.runtime.fuse import fused
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From queries, keys and values, each [B, N, H, d], to what was attended to [B, N, H, d]."""
@@ -93,6 +94,21 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.dim, config.dim)
         self.norm_q = RmsNorm(config.dim, config.eps)
         self.norm_k = RmsNorm(config.dim, config.eps)
+        self.qkv: nn.Linear | None = None
+
+    def fuse(self) -> None:
+        """Make the projections of self-attention one layer; it has no names of the release then."""
+        self.qkv = fused((self.q, self.k, self.v))
+        del self.q, self.k, self.v
+
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of one x [..., D], each [..., H, d], before rotary embedding."""
+        if self.qkv is None:
+            return self.queries(x), self.keys(x), self.values(x)
+        parts = self.qkv(x).chunk(3, -1)
+        normed = self.norm_q(parts[0]), self.norm_k(parts[1]), parts[2]
+        queries, keys, values = (torch.unflatten(part, -1, (-1, self.head_dim)) for part in normed)
+        return queries, keys, values
 
     def queries(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., H, d]."""
@@ -128,8 +144,7 @@ class Block(nn.Module):
         """Queries, keys and values [B, F*S, H, d] of x [B, F, S, D] under modulation time [B, F, 6, D]."""
         shift, scale = _parts(time + self.modulation, 0, 1)
         normed = (self.norm1(x) * (1 + scale) + shift).flatten(1, 2)
-        mixer = self.self_attn
-        return mixer.queries(normed), mixer.keys(normed), mixer.values(normed)
+        return self.self_attn.projected(normed)
 
     def forward(
         self, x: Tensor, time: Tensor, look: Attend, cross_keys: Tensor, cross_values: Tensor
@@ -194,6 +209,11 @@ class WanTransformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = Head(config)
+
+    def fuse(self) -> None:
+        """Fuse the projections of every self-attention, once the weights are loaded."""
+        for block in self.blocks:
+            _block(block).self_attn.fuse()
 
     def embed(self, latents: Tensor) -> Tensor:
         """Latents [B, F, C, height, width] -> tokens [B, F, S, D]."""
