@@ -181,7 +181,7 @@ def table(points: Sequence[Mapping[str, Any]]) -> str:
         rows.append(
             (
                 point["label"],
-                f"{point['bias']:g}" if point["rule"] == "adaptive" else "",
+                f"{point['bias']:.9g}" if point["rule"] == "adaptive" else "",
                 f"{point['wer_percent']:.2f}",
                 f"{low:.2f}-{high:.2f}",
                 f"{waits['mean_ms']:.0f}",
