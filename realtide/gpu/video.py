@@ -26,6 +26,7 @@ from realtide.engines.longlive.config import (
 from realtide.engines.longlive.steps import Denoise, Remember
 from realtide.engines.longlive.transformer import WanTransformer
 from realtide.engines.longlive.vae import DecodeFirst, DecodeNext, WanVae
+from realtide.engines.runtime import fp8
 from realtide.engines.runtime.device_program import DeviceProgram
 from realtide.gpu.bench import Bench
 from realtide.gpu.counts import Work, decoded_frame, video_pass
@@ -71,6 +72,7 @@ def run(bench: Bench, compiled: bool) -> dict[str, Any]:
     }
     found["passes"] = stream.passes()
     found["blocks"] = stream.blocks()
+    found["fp8"] = stream.narrow(compiled)
     return found
 
 
@@ -155,6 +157,20 @@ class _Stream:
             made = [programs["denoise"]()[0].float() for programs in self.programs.values()]
             found["denoise"]["graph_differs"] = float((made[0] - made[1]).abs().max())
         return found
+
+    def narrow(self, compiled: bool) -> dict[str, Any]:
+        """A denoising pass with the blocks' linear layers in float8; they stay so."""
+        if (reason := fp8.refusal(self.bench.device)) is not None:
+            return {"skipped": reason}
+        layers = fp8.convert(self.model.blocks)
+        runs: dict[str, Callable[[], Any]] = {}
+        for kind in self.programs:
+            module = Denoise(self.model, self.config, self.config.stream.window)
+            program = DeviceProgram(module, self.state, record=kind == "graph", compiled=compiled)
+            runs[kind] = lambda program=program: program.run(*self.block)  # type: ignore[misc]
+        timed = self.bench.clock.paired(runs, self.bench.seconds)
+        denoise = {kind: self.bench.entry(timing) for kind, timing in timed.items()}
+        return {"layers": layers, "denoise": denoise}
 
     def blocks(self) -> dict[str, Any]:
         """Whole blocks: their rate, and frames of video a second denoised, decoded, and in host memory."""

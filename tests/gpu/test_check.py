@@ -62,6 +62,9 @@ def test_the_whole_check_with_pytorch_and_numpy_alone(tmp_path: Path) -> None:
         assert timed["floor_operations_ms"] == pytest.approx(
             1e3 * timed["operations"] / found["rates"]["operations_per_second"], abs=1e-4
         )
+    narrow = found["longlive"]["fp8"]
+    assert narrow["layers"] == 2 * 8
+    assert narrow["denoise"]["eager"]["ms"] > 0
     blocks = found["longlive"]["blocks"]
     assert set(blocks) == {"denoised", "decoded", "delivered"}
     assert all(
