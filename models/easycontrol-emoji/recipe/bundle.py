@@ -34,9 +34,12 @@ from realtide.engines.easycontrol.layout import (
 )
 from realtide.engines.easycontrol.tokenizer import PromptTokenizer
 from realtide.engines.runtime.program import Array
+from realtide.engines.runtime.quantize import pack_rows
 from realtide.engines.runtime.weights import WeightFile
 
 PARTS = {"transformer": TRANSFORMER, "text": TEXT, "pooled": POOLED}
+PACKED = 2**14
+"""Elements from which on a tensor is stored in int8 with a scale for each row."""
 KINDS = ("canny", "subject")
 SOURCES = [
     {
@@ -63,7 +66,10 @@ LIMITS = {
 
 
 def load_weights(vae: Path, model: Path, loras: dict[str, Path]) -> tuple[dict[str, Array], dict[str, float]]:
-    """All weights by their names in the bundle, in half precision, and the latents' normalisation."""
+    """All weights by their names in the bundle, and the latents' normalisation.
+
+    Large matrices and kernels take a byte an element; the rest, the last projection too, is in half precision.
+    """
     saved = torch.load(vae, weights_only=True)
     found = {VAE + name: value for name, value in saved["weights"].items()}
     found |= {PREVIEW + name: saved[f"preview.{name}"] for name in ("weight", "bias")}
@@ -78,7 +84,10 @@ def load_weights(vae: Path, model: Path, loras: dict[str, Path]) -> tuple[dict[s
         array = value.float().numpy().astype(np.float16)
         if not np.isfinite(array).all():
             raise ValueError(f"weight {name} is not finite in half precision")
-        weights[name] = np.ascontiguousarray(array)
+        if array.ndim > 1 and array.size >= PACKED:
+            weights |= pack_rows(name, value.float().numpy())
+        else:
+            weights[name] = np.ascontiguousarray(array)
     return weights, {"scaling": saved["scaling"], "shift": saved["shift"]}
 
 

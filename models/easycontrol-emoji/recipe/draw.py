@@ -43,7 +43,7 @@ class Artist:
 
     def __init__(self, bundle: Path, steps: int | None = None) -> None:
         self._engine = load(bundle, slots=1, max_batch=1)
-        self._steps = steps or self._engine.info.steps
+        self.steps = steps or self._engine.info.steps
         self.seconds: list[float] = []
         """Of each image, decoding included."""
         self.conditioning: list[float] = []
@@ -67,7 +67,7 @@ class Artist:
             ):
                 session.push(Condition(str(number), kind, bytes_of(pixels)))
                 named.append((str(number), weight))
-            session.push(Generate("one", prompt, *size, self._steps, 0.0, seed, tuple(named)))
+            session.push(Generate("one", prompt, *size, self.steps, 0.0, seed, tuple(named)))
             session.push(Finish())
             made: Image | None = None
             while made is None:

@@ -34,6 +34,8 @@ from pictures import (
 )
 from scipy import ndimage
 
+from realtide.bench import report
+
 REACH = np.ones((3, 3), bool)
 """Edges that are at most a pixel apart agree."""
 
@@ -125,7 +127,7 @@ def main() -> None:
     artist = Artist(args.bundle, args.steps)
     scores = measure(Pictures(args.pictures), artist, args.count)
     artist.close()
-    scores["names"] = args.count
+    scores |= {"commit": report.commit(), "names": args.count, "steps": artist.steps}
     scores["seconds_an_image"] = round(float(np.median(artist.seconds)), 3)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

@@ -48,7 +48,8 @@ class Muon:
             matrix = value.ndim >= 2 and min(value.shape[0], value[0].numel()) >= 8
             (self._matrices if matrix and not any(part in name for part in plain) else others).append(value)
         self._momentum = [torch.zeros_like(value) for value in self._matrices]
-        self._adam = torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+        # AdamW refuses an empty list, and a LoRA is nothing but matrices.
+        self._adam = torch.optim.AdamW([{"params": others}], lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
 
     def zero_grad(self) -> None:
         """Forget gradients."""

@@ -31,6 +31,22 @@ def quantize_columns(weight: Array) -> Array:
     return np.clip(np.rint(scaled), -127, 127).astype(np.int8)
 
 
+def pack_rows(name: str, weight: Array) -> dict[str, Array]:
+    """A weight [N, ...] as a weight file stores it in a byte an element: int8, and a scale [N] for each row.
+
+    `WeightFile` gives it back in float32, each element at most half a row's scale from what it was.
+    """
+    rows = weight.reshape(len(weight), -1).T
+    stored = np.ascontiguousarray(quantize_columns(rows).T.reshape(weight.shape))
+    return {name: stored, name + SCALE: column_scales(rows)}
+
+
+def unpack_rows(stored: Array, scales: Array) -> Array:
+    """The inverse of `pack_rows`: [N, ...] in float32."""
+    wide: Array = stored * scales.reshape(-1, *[1] * (stored.ndim - 1))
+    return wide
+
+
 def derived(name: str) -> tuple[str, Callable[[Array], Array]] | None:
     """The stored weight an initializer is computed from, and the function; None if it is stored itself."""
     base, at, recipe = name.partition(COPY)[0].rpartition("@")

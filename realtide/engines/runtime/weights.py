@@ -15,13 +15,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from realtide.engines.runtime.program import Array, ProgramError, TensorSpec
-from realtide.engines.runtime.quantize import derived
+from realtide.engines.runtime.quantize import SCALE, derived, unpack_rows
 
 
 class WeightFile(Mapping[str, Array]):
     """A safetensors file as a read-only mapping. Tensors are read when asked for and not kept.
 
-    What is stored in bfloat16 is given in float32.
+    What is stored in bfloat16 is given in float32, and so is what is stored in int8 with a scale for each row
+    (``w`` beside ``w@scale``, see `pack_rows`).
 
     Raises:
         ProgramError: the file is missing or is no safetensors file.
@@ -32,17 +33,32 @@ class WeightFile(Mapping[str, Array]):
         try:
             file: Any = safe_open(self._path, framework="np")
             self._file = file
-            self._names = tuple(file.keys())
+            stored = tuple(file.keys())
         except (OSError, SafetensorError) as error:
             raise ProgramError(f"{self._path}: {error}") from error
+        self._packed = {name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)}
+        self._names = tuple(name for name in stored if not name.endswith(SCALE))
+        if lost := self._packed.difference(self._names):
+            raise ProgramError(f"{self._path}: {min(lost)!r} has scales and no values")
 
     def __getitem__(self, name: str) -> Array:
         if name not in self._names:
             raise KeyError(name)
+        if name in self._packed:
+            return self._unpacked(name)
         if self._file.get_slice(name).get_dtype() == "BF16":
             return self._widened(name)
         array: Array = self._file.get_tensor(name)
         return array
+
+    def _unpacked(self, name: str) -> Array:
+        values, scales = self._file.get_tensor(name), self._file.get_tensor(name + SCALE)
+        if values.dtype != np.int8 or scales.shape != values.shape[:1]:
+            raise ProgramError(
+                f"{self._path}: {name!r} must be int8 with a scale for each of its {values.shape[:1]} rows, not "
+                f"{values.dtype.name} with {scales.shape}"
+            )
+        return unpack_rows(values, scales)
 
     def _widened(self, name: str) -> Array:
         """A bfloat16 tensor as float32, whose upper half it is; numpy has no such type."""
