@@ -68,7 +68,7 @@ LIMITS = {
 def load_weights(vae: Path, model: Path, loras: dict[str, Path]) -> tuple[dict[str, Array], dict[str, float]]:
     """All weights by their names in the bundle, and the latents' normalisation.
 
-    Large matrices and kernels take a byte an element; the rest, the last projection too, is in half precision.
+    Large matrices and kernels take a byte an element; the rest, the last projection too, two.
     """
     saved = torch.load(vae, weights_only=True)
     found = {VAE + name: value for name, value in saved["weights"].items()}

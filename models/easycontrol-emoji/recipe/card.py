@@ -35,8 +35,8 @@ def tables(scores: dict[str, Any]) -> str:
     rows += [f"| {told} | {scores[name]:.3f} |" for told, name in colours]
     rows += [
         "",
-        f"{scores['names']} held-out names; {scores['seconds_an_image']:.2f} s an image of {scores['steps']} steps, median over"
-        " all of these, condition and decoding included, one thread.",
+        f"{scores['names']} held-out names; {scores['seconds_an_image']:.2f} s an image of {scores['steps']} "
+        "steps, median over all of these, condition and decoding included, one thread.",
     ]
     return "\n".join(rows)
 

@@ -55,8 +55,8 @@ class WeightFile(Mapping[str, Array]):
         values, scales = self._file.get_tensor(name), self._file.get_tensor(name + SCALE)
         if values.dtype != np.int8 or scales.shape != values.shape[:1]:
             raise ProgramError(
-                f"{self._path}: {name!r} must be int8 with a scale for each of its {values.shape[:1]} rows, not "
-                f"{values.dtype.name} with {scales.shape}"
+                f"{self._path}: {name!r} must be int8 with a scale for each of its {values.shape[:1]} rows, "
+                f"not {values.dtype.name} with {scales.shape}"
             )
         return unpack_rows(values, scales)
 
