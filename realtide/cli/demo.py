@@ -121,7 +121,8 @@ async def _run(file: Path | None, named: list[str], directory: Path | None) -> N
 
     out = Console(highlight=False)
     served = _bundles(named)
-    names = " and ".join(bundle.name for bundle in served)
+    *others, last = (bundle.name for bundle in served)
+    names = f"{', '.join(others)} and {last}" if others else last
     began = time.monotonic()
     async with contextlib.AsyncExitStack() as stack:
         with out.status(f"Starting a server with {names} …"):
