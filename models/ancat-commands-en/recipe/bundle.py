@@ -95,10 +95,16 @@ def main() -> None:
     parse.add_argument("--tokenizer", type=Path, required=True)
     parse.add_argument("--out", type=Path, required=True)
     parse.add_argument("--name", default="ancat-commands-en")
-    parse.add_argument("--version", default="1.3.0", help="semantic version of the bundle")
+    parse.add_argument("--version", default="1.3.1", help="semantic version of the bundle")
     parse.add_argument("--created", default="2026-11-25", help="YYYY-MM-DD")
     parse.add_argument("--scores", type=Path, help="what evaluate.py wrote")
     parse.add_argument("--calibration", type=Path, nargs="*", default=[], help="development pools for int8")
+    parse.add_argument(
+        "--step-frames",
+        type=int,
+        default=16,
+        help="most new frames of a stream, and nodes of a layer, in a call (default: %(default)s)",
+    )
     parse.add_argument("--start-offset-ms", type=float, default=0.0)
     parse.add_argument("--end-offset-ms", type=float, default=0.0)
     parse.add_argument(
@@ -170,6 +176,7 @@ def main() -> None:
             },
             "unverified": ["README.md", "recipe"],
         },
+        step_frames=args.step_frames,
         word_times=word_times,
         search=search,
         calibration=calibration,

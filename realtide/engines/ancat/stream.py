@@ -3,8 +3,9 @@
 Every layer is a queue of nodes in frame order. A frame that arrives at a layer at once gets its keys,
 values and lookahead depth; it leaves as soon as the frames it attends to exist, never earlier and never
 later. So a call may resolve none or many nodes of a stream in any layer. All linear work runs on *packed*
-rows (only real nodes, of all streams together); only attention is padded, to as many lanes a stream as the
-call's busiest stream resolves. A stream without news costs nothing.
+rows (only real nodes, of all streams together); only attention is padded: it works on groups of up to 4
+neighbouring nodes of a stream, which share their keys, in as many lanes as the call's largest group has. A
+stream without news costs nothing, and a burst costs what its nodes would cost one step at a time.
 
 A call resolves at most Q = `step_frames` nodes of a stream in a layer. Where a burst leaves more, `more` is
 set for the stream and the caller calls again at once with no new frames; layers above know of the backlog
@@ -42,6 +43,7 @@ from realtide.engines.ancat.offline import hard_depth
 
 ABSENT = float(1 << 50)  # availability of a frame that does not exist yet: later than any deadline
 FOUND = float(1 << 49)  # anything below is the availability of something that exists
+GROUP = 4  # most nodes that attend together
 
 
 def write_rows(ring: Tensor, index: Tensor, rows: Tensor) -> Tensor:
@@ -53,6 +55,13 @@ def write_rows(ring: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         out: Tensor = torch.ops.aten.index_put(ring, [index], rows)
         return out
     return ring.index_copy_(0, index, rows)
+
+
+def group_size(config: EncoderConfig, step_frames: int) -> int:
+    """Nodes of a stream that attend together: a divisor of the lanes. Without lookahead all leave at once."""
+    if config.rule == "causal":
+        return step_frames
+    return next(size for size in range(min(GROUP, step_frames), 0, -1) if step_frames % size == 0)
 
 
 @dataclass(slots=True)
@@ -77,16 +86,17 @@ class Where:
     long: Tensor  # [layers * B * Q, heads], of every lane in the long rings
     short: Tensor  # [layers * B * Q], in the short rings
     taps: Tensor  # [layers * B * Q, kernel], in the short rings, oldest first
-    keys: Tensor  # [layers, B, heads, keys], in the long rings: from done - left on
-    reach: Tensor  # [layers, B, 1, 1, keys], key less done; far ahead where the stream had not begun
+    # Of each group of a stream's lanes: G groups, numbered through like lanes.
+    keys: Tensor  # [layers, B * G, keys], of the first head in the long rings: from first node - left on
+    reach: Tensor  # [layers, B * G, 1, 1, keys], key less first node; far ahead before the stream began
 
 
 @dataclass(slots=True)
 class Waiting:
-    """What a layer's decisions need to know of all layers, each [layers, B, n]; Q + 1 nodes and R after."""
+    """What a layer's decisions need to know of all layers, each [layers, B, n]; Q + 1 nodes, R after each."""
 
-    queue: Tensor  # rows in the short rings of node done and all after
-    head: Tensor  # the same, of the Q + 1 nodes
+    queue: Tensor  # rows in the short rings of each of the Q + 1 nodes, from done on, and the R after it
+    head: Tensor  # rows of the Q + 1 nodes
     position: Tensor  # float64, of the queue
     limit: Tensor  # float64, when the cap ends the waiting of the Q + 1 nodes, the end of the stream included
     last: Tensor  # float64, availability of the newest resolved node
@@ -101,6 +111,7 @@ class StreamStep(nn.Module):
         self.encoder = encoder
         self.config = encoder.config
         self.step_frames = step_frames
+        self.group = group_size(self.config, step_frames)
         self.long, self.short = self.config.long_ring(step_frames), self.config.short_ring(step_frames)
         self.names = tuple(state_shapes(self.config, step_frames))
 
@@ -165,12 +176,13 @@ class StreamStep(nn.Module):
         place = nodes.stream * new.to(torch.int64).sum(1).amax(0) + offset
         padded = run.padded(new.to(torch.int64).unsqueeze(0)).index_select(2, lane)
         seen = where.reach <= lane.unsqueeze(1)
+        keys = run.of_heads(where.keys)
         for layer, module in enumerate(self.encoder.blocks):
             block: Block = module  # type: ignore[assignment]
             residual, key, value, _ = block.arrive(nodes.x)
             run.remember(states, layer, nodes.long, key, value)
             q = block.queries(residual)
-            mixed = run.attend(block, layer, states, q, padded, place, lane, where.keys, seen)
+            mixed = run.attend(block, layer, states, q, padded, place, lane, keys, seen)
             nodes.x = run.convolve(
                 block, layer, states, residual + block.attention_out(mixed), nodes.short, taps
             )
@@ -248,18 +260,28 @@ class StreamStep(nn.Module):
             flat = count.flatten().nonzero().squeeze(1)
             here = flat + first[layer]
             short = where.short.index_select(0, here)
-            # Attention is for streams that resolve something, in as many lanes as the busiest of them needs.
-            live = resolving.flatten().nonzero().squeeze(1)
-            lane = count.amax((0, 1)).nonzero().squeeze(1)  # 0 .. most nodes of a stream - 1
-            used = count.index_select(1, live).index_select(2, lane)
+            # Attention is for groups that resolve something, in as many lanes as the largest of them needs.
+            grouped = count.view(1, -1, self.group)
+            live = grouped.select(2, 0).flatten().nonzero().squeeze(1)  # nodes leave in order
+            lane = grouped.amax((0, 1)).nonzero().squeeze(1)  # 0 .. most nodes of a group - 1
+            used = grouped.index_select(1, live).index_select(2, lane)
             place = used.flatten().nonzero().squeeze(1)
             padded = run.padded(used)
-            until = end.index_select(1, live).index_select(2, lane).unsqueeze(2).unsqueeze(4)
+            until = end.reshape(1, -1, self.group).index_select(1, live).index_select(2, lane)
+            until = until.unsqueeze(2).unsqueeze(4)
             seen = reach[layer].index_select(1, live) < until
             waited = states[f"residual_{layer}"].index_select(0, short)
             q = block.queries(waited)
             mixed = run.attend(
-                block, layer, states, q, padded, place, lane, keys[layer].index_select(1, live), seen
+                block,
+                layer,
+                states,
+                q,
+                padded,
+                place,
+                lane,
+                run.of_heads(keys[layer].index_select(1, live)),
+                seen,
             )
             x = waited + block.attention_out(mixed)
             x = run.convolve(block, layer, states, x, short, where.taps.index_select(0, here))
@@ -305,29 +327,34 @@ class StreamStep(nn.Module):
         config, lanes, device = self.config, self.step_frames, done.device
         left, right, kernel, heads = config.left, config.right, config.kernel, config.heads
         key_at = done + torch.arange(-left, lanes + right, device=device)
-        place = (slots * (self.long * heads)).unsqueeze(1) + key_at % self.long  # [layers, B, keys]
+        place = (slots * (self.long * heads)).unsqueeze(1) + key_at % self.long  # [layers, B, columns]
         head = torch.arange(heads, device=device) * self.long
         long = (place[:, :, left : left + lanes].unsqueeze(3) + head).flatten(0, 2)
         short = self._short(done, slots, 1 - kernel, lanes)
         column = torch.arange(lanes, device=device).unsqueeze(1) + torch.arange(kernel, device=device)
         taps = short.index_select(2, column.flatten()).view(-1, kernel)
-        keys = place.unsqueeze(2) + head.unsqueeze(1)
-        reach = torch.where(key_at >= 0, torch.arange(-left, lanes + right, device=device), self.long)
+        offset = torch.arange(-left, self.group + right, device=device)
+        first = torch.arange(0, lanes, self.group, device=device)
+        window, shape = (first.unsqueeze(1) + offset + left).flatten(), (len(done), -1, len(offset))
+        keys = place.index_select(2, window).view(shape)
+        reach = torch.where(key_at.index_select(2, window).view(shape) >= 0, offset, self.long)
         return Where(long, short[:, :, kernel - 1 :].flatten(), taps, keys, reach.unsqueeze(2).unsqueeze(2))
 
     def _waiting(self, done: Tensor, newest: Tensor, arrived: Tensor, cap: Tensor, slots: Tensor) -> Waiting:
         """done [layers, B, 1]; newest [B, layers], arrived [B], cap [B]."""
         columns = self.step_frames + 1
-        queue = self._short(done, slots, 0, self.config.waiting(self.step_frames))
+        rows = self._short(done, slots, 0, self.config.waiting(self.step_frames))
         position = done + torch.arange(self.config.waiting(self.step_frames), device=done.device)
+        order = torch.arange(columns, device=done.device).unsqueeze(1)
+        window = (order + torch.arange(self.config.right + 1, device=done.device)).flatten()
         # What only the end resolves comes one frame later than the last: whoever's deadline that frame was
         # has given up, whether or not the end was known by then.
         limit = torch.minimum(position[:, :, :columns] + cap.unsqueeze(1), arrived.unsqueeze(1))
         last = newest.t().unsqueeze(2)
         return Waiting(
-            queue,
-            queue[:, :, :columns],
-            position.to(torch.float64),
+            rows.index_select(2, window),
+            rows[:, :, :columns],
+            position.index_select(2, window).to(torch.float64),
             limit.to(torch.float64),
             last,
             last.expand(-1, -1, columns),
@@ -345,6 +372,7 @@ class LayerStep:
     def __init__(self, config: EncoderConfig, step_frames: int) -> None:
         self.config = config
         self.lanes = step_frames
+        self.group = group_size(config, step_frames)
 
     def write(self, states: dict[str, Tensor], name: str, layer: int, index: Tensor, values: Tensor) -> None:
         """Write rows [n, ...] of a ring of this layer."""
@@ -356,6 +384,12 @@ class LayerStep:
         """Keys and values [N, heads, head dim] of inputs into rows long [N * heads]."""
         self.write(states, "key", layer, long, key.flatten(0, 1))
         self.write(states, "value", layer, long, value.flatten(0, 1))
+
+    def of_heads(self, keys: Tensor) -> Tensor:
+        """Rows [1, S, K] of the first head's keys -> [1, S, heads, K] of all heads'."""
+        ring = self.config.long_ring(self.lanes)
+        head = torch.arange(self.config.heads, device=keys.device) * ring
+        return keys.unsqueeze(2) + head.unsqueeze(1)
 
     def wait(
         self, states: dict[str, Tensor], layer: int, nodes: Nodes, residual: Tensor, depth: Tensor
@@ -390,21 +424,24 @@ class LayerStep:
         [1, B, 1], the least availability of an input that is yet to come.
 
         Returns availability [1, B, Q], which is `ABSENT` where a node or one before it has to wait; the end
-        [1, B, Q + 1] of the frames that each attends to, exclusive and counted from node done; the
+        [1, B, Q] of the frames that each attends to, exclusive and counted from its group's first node; the
         availability [1, B, 1] of one node more than fits into the call, `ABSENT` where it has to wait too.
         """
-        lanes, order = self.lanes, torch.arange(self.lanes + 1, device=queue.device)
+        lanes, span = self.lanes, self.config.right + 1
+        order = torch.arange(lanes + 1, device=queue.device)
+        # Of each node and of those that it may ask for, one after the other.
         available = torch.where(position < inputs, states[f"available_{layer}"][queue], ABSENT)
-        target = states[f"depth_{layer}"][head] + order
+        depth = states[f"depth_{layer}"][head]
         # When the cap is lowered a node may already be later than it: what it has waited for, it uses.
-        deadline = torch.maximum(limit, available[:, :, : lanes + 1])
+        deadline = torch.maximum(limit, available[:, :, ::span])
         # Availability never falls from one node to the next, so a node has all that it asks for, or knows
         # that it cannot, by the newest of it alone. What exists is never later than what is yet to come.
-        own = torch.minimum(available.gather(2, target), torch.where(coming <= deadline, ABSENT, deadline))
+        asked = available.gather(2, depth + order * span)
+        own = torch.minimum(asked, torch.where(coming <= deadline, ABSENT, deadline))
         running = F.max_pool1d(torch.cat([last, own], 2), lanes + 2, 1)
-        usable = available.unsqueeze(2) <= deadline.unsqueeze(3)
-        end = torch.minimum(usable.to(torch.int64).sum(3), target + 1)
-        return running[:, :, :lanes], end, running[:, :, lanes:]
+        usable = available.view(1, -1, lanes + 1, span) <= deadline.unsqueeze(3)
+        end = torch.minimum(usable.to(torch.int64).sum(3), depth + 1) + order % self.group
+        return running[:, :, :lanes], end[:, :, :lanes], running[:, :, lanes:]
 
     def padded(self, used: Tensor) -> Tensor:
         """Packed row [1, B, L] of each lane, or of some other one where used [1, B, L] is 0, not 1."""
@@ -424,8 +461,8 @@ class LayerStep:
     ) -> Tensor:
         """Attention of packed queries [M, heads, head dim] -> [M, dim].
 
-        S streams have queries. lane [L] counts up to the most nodes of one, which is known only at run time;
-        padded [1, S, L], the query of each lane; place [M], stream * L + lane; keys [1, S, heads, K], rows of
+        S groups have queries. lane [L] counts up to the most nodes of one, which is known only at run time;
+        padded [1, S, L], the query of each lane; place [M], group * L + lane; keys [1, S, heads, K], rows of
         the rings; seen [1, S, 1, L, K].
         """
         heads, left, right, dim = self.config.heads, self.config.left, self.config.right, self.config.dim
@@ -434,11 +471,11 @@ class LayerStep:
         k = F.embedding(keys, states[f"key_{layer}"])
         v = F.embedding(keys, states[f"value_{layer}"])
         # Depends on weights alone; the table's ends stand for what no query may see.
-        reach = torch.arange(self.lanes + left + right, device=device)
-        offset = reach - torch.arange(self.lanes, device=device).unsqueeze(1)
+        reach = torch.arange(self.group + left + right, device=device)
+        offset = reach - torch.arange(self.group, device=device).unsqueeze(1)
         table = F.pad(block.relative, (1, 1), value=-1e9)
         bias = table.index_select(1, (offset + 1).clamp(0, left + right + 2).flatten())
-        bias = bias.view(heads, self.lanes, self.lanes + left + right).index_select(1, lane)
+        bias = bias.view(heads, self.group, self.group + left + right).index_select(1, lane)
         score = torch.matmul(q, k.transpose(-1, -2)) + bias
         probs = torch.where(seen, score, -1e9).softmax(-1)
         mixed = torch.matmul(probs, v).transpose(2, 3).reshape(-1, dim)
