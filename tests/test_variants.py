@@ -115,6 +115,7 @@ def test_a_report_says_what_was_not_measured(tmp_path: Path) -> None:
     assert {row["not_measured"] for row in report["programs"]} == {
         "ONNX Runtime computes no bfloat16 on a CPU"
     }
+    assert report["within"] is None
     assert "not measured" in report["scores"]
     path = variants.write_report(report, tmp_path)
     assert json.loads(path.read_text()) == report

@@ -58,7 +58,7 @@ def export(
     else:
         _quality_table(report)
         typer.echo(f"{len(found)} graphs and {path.name} in {directory}")
-    if not report["within"]:
+    if report["within"] is False:
         worst = [row["program"] for row in report["programs"] if not row.get("within", True)]
         raise CommandError(f"further from float32 than {report['bound']}: {', '.join(worst)}")
 

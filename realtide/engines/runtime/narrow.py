@@ -122,7 +122,8 @@ class _Narrowing:
         operands = [name for name in node.input if name in self.floats]
         square = node.op_type == "Mul" and len(set(node.input)) == 1
         from_integer = node.op_type == "Cast" and not operands  # may be beyond what half precision counts to
-        wide = node.op_type in _WIDE or square or from_integer
+        number = node.op_type == "Constant" and not any(a.HasField("t") for a in node.attribute)
+        wide = node.op_type in _WIDE or square or from_integer or number
         wide = wide or (node.op_type in _FOLLOWS and any(name in self.wide for name in operands))
         if wide:
             self.wide.update(name for name in node.output if name in self.floats)

@@ -166,6 +166,16 @@ def test_what_an_integer_becomes_stays_wide(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, np.arange(4), atol=2e-3)
 
 
+def test_constants_written_as_attributes_keep_their_type(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value_float=0.25),
+        helper.make_node("Mul", ["x", "c"], ["y"]),
+    ]
+    narrow_graph(model_of(nodes, [], tmp_path / "wide.onnx"), tmp_path / "narrow.onnx", "float16")
+    got = OrtProgram(tmp_path / "narrow.onnx", {}, {}).run({"x": np.arange(4, dtype=np.float16)})["y"]
+    np.testing.assert_array_equal(got, 0.25 * np.arange(4, dtype=np.float16))
+
+
 def test_graphs_that_cannot_be_rewritten_are_refused(tmp_path: Path) -> None:
     value = helper.make_tensor_value_info("z", TensorProto.FLOAT, [4])
     inner = helper.make_graph([helper.make_node("Identity", ["x"], ["z"])], "inner", [], [value])
