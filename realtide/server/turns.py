@@ -12,7 +12,7 @@ from __future__ import annotations
 import selectors
 import threading
 
-_LONGEST = 0.01  # seconds that the loop waits
+_LONGEST = 0.02  # seconds that the loop waits; the executor needs 10 ms between graphs for 200 streams
 
 
 class Turns:
