@@ -6,6 +6,8 @@ causal bundle of the same size (nothing is scheduled or queued). All variants ar
 in an order that turns by one place each round, and what is reported is the median over rounds of the ratio
 within a round: what disturbs the machine for longer than a round cancels out. One thread.
 
+With `--before`, an earlier graph of the same model takes its turns too, at bias 0.
+
     python benchmarks/encoder_cost.py --adaptive BUNDLE [--causal BUNDLE] [--biases=-3,0,3] [--out FILE]
 """
 
@@ -41,7 +43,7 @@ def cell(
             times[name].append(bench.play(windows, frames, **options))
     seconds = windows.shape[0] * windows.shape[1] * 0.04
     totals = {name: np.array([one.total for one in found]) for name, found in times.items()}
-    references = [name for name in ("cap 0", "causal") if name in totals]
+    references = [name for name in ("cap 0", "causal", "before") if name in totals]
     return {
         "streams": windows.shape[0],
         "frames_per_step": frames,
@@ -68,6 +70,7 @@ def main() -> None:
     )
     parser.add_argument("--adaptive", type=Path, required=True, help="bundle with an adaptive encoder")
     parser.add_argument("--causal", type=Path, help="bundle with a causal encoder of the same size")
+    parser.add_argument("--before", type=Path, help="an earlier bundle to compare with")
     parser.add_argument("--biases", default="-3,0,3", help="of the schedulers' logits (default: %(default)s)")
     parser.add_argument("--streams", default="1,4,16,32", help="batches (default: %(default)s)")
     parser.add_argument("--frames", default="1,2,4", help="frames a step (default: %(default)s)")
@@ -84,6 +87,9 @@ def main() -> None:
     if arguments.causal is not None:
         causal = EncoderBench.of_bundle(arguments.causal, max(batches), arguments.precision)
         variants.append(("causal", causal, {}))
+    if arguments.before is not None:
+        before = EncoderBench.of_bundle(arguments.before, max(batches), arguments.precision)
+        variants.append(("before", before, {"bias": 0.0}))
     variants += [(f"bias {bias:+g}", adaptive, {"bias": bias}) for bias in biases]
     sound = audio.loop(audio.recordings(None), RATE)
     cells = []
