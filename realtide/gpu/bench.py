@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,6 +58,7 @@ class Bench:
         """Raise Skipped unless the device has `wanted` bytes left for `what`."""
         if not self.cuda:
             return
+        gc.collect()  # what an earlier part left refers to itself
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         if free < wanted:

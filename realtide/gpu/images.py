@@ -63,10 +63,8 @@ def run(bench: Bench, compiled: bool, size: str) -> dict[str, Any]:
         caches = [bench.random(1, shapes.heads, held, shapes.head_dim) for _ in range(2 * shapes.blocks)]
         runs: dict[str, Callable[[], object]] = {}
         for kind in ("eager", "graph") if bench.cuda else ("eager",):
-            program = DeviceProgram(Denoise(model), [], record=kind == "graph", compiled=compiled)
-            runs[kind] = lambda program=program, caches=caches: program.run(  # type: ignore[misc]
-                *inputs, *caches
-            )
+            program = DeviceProgram(Denoise(model), [], caches, record=kind == "graph", compiled=compiled)
+            runs[kind] = lambda program=program: program.run(*inputs)  # type: ignore[misc]
         work = image_step(shapes, 1, tokens, held, bench.itemsize)
         timed = bench.clock.paired(runs, bench.seconds)
         steps[name] = {kind: bench.entry(timing, work) for kind, timing in timed.items()}

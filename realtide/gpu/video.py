@@ -107,7 +107,7 @@ class _Stream:
             DecodeFirst(decoder)(self.frame, row, *features)
         for kind, record in kinds.items():
             made = {
-                name: DeviceProgram(module, self.state, record=record, compiled=compiled)
+                name: DeviceProgram(module, self.state, self.cross, record=record, compiled=compiled)
                 for name, module in modules.items()
             }
             self.programs[kind] = {
@@ -135,7 +135,6 @@ class _Stream:
             *(torch.from_numpy(table).to(bench.device) for table in tables),
             torch.from_numpy(window.places(config.stream, first, frames)).to(bench.device),
             torch.from_numpy(window.seen(config.stream, end)).to(bench.device),
-            *self.cross,
         ]
 
     def passes(self) -> dict[str, Any]:
@@ -166,7 +165,7 @@ class _Stream:
         runs: dict[str, Callable[[], Any]] = {}
         for kind in self.programs:
             module = Denoise(self.model, self.config, self.config.stream.window)
-            program = DeviceProgram(module, self.state, record=kind == "graph", compiled=compiled)
+            program = DeviceProgram(module, self.state, self.cross, record=kind == "graph", compiled=compiled)
             runs[kind] = lambda program=program: program.run(*self.block)  # type: ignore[misc]
         timed = self.bench.clock.paired(runs, self.bench.seconds)
         denoise = {kind: self.bench.entry(timing) for kind, timing in timed.items()}

@@ -36,27 +36,35 @@ class DeviceProgram:
     """A module over state tensors on its device. Used by one thread.
 
     Args:
-        module: called as ``module(*inputs, *state) -> (*outputs, *next_state)``; it must not wait for the
-            device (no branch on values), and its outputs' shapes follow from its inputs'.
+        module: called as ``module(*inputs, *bound, *state) -> (*outputs, *next_state)``; it must not wait for
+            the device (no branch on values), and its outputs' shapes follow from its inputs'.
         state: tensors on the module's device; every run updates them in place.
+        bound: inputs that stay where they are: graphs read them in place, and the caller may write to them
+            between runs. Large ones belong here, since others are copied for a graph.
         record: replay CUDA graphs. What `run` returns is then overwritten by the next run of these shapes.
         compiled: compile the module with `torch.compile` first. The first run of each set of shapes then
             takes as long as the compiler does: a minute or more for a large model.
 
     Raises:
-        ProgramError: graphs are wanted on a device that has none, or a state tensor is elsewhere.
+        ProgramError: graphs are wanted on a device that has none, or a state or bound tensor is elsewhere.
     """
 
     def __init__(
-        self, module: nn.Module, state: Sequence[Tensor], *, record: bool = False, compiled: bool = False
+        self,
+        module: nn.Module,
+        state: Sequence[Tensor],
+        bound: Sequence[Tensor] = (),
+        *,
+        record: bool = False,
+        compiled: bool = False,
     ) -> None:
-        self._state = tuple(state)
+        self._state, self._bound = tuple(state), tuple(bound)
         device = next(iter((*module.parameters(), *module.buffers(), *self._state))).device
         if record and device.type != "cuda":
             raise ProgramError(f"CUDA graphs need a CUDA device, the module is on {device}")
-        for tensor in self._state:
+        for tensor in (*self._bound, *self._state):
             if tensor.device != device:
-                raise ProgramError(f"a state tensor is on {tensor.device}, the module on {device}")
+                raise ProgramError(f"a state or bound tensor is on {tensor.device}, the module on {device}")
         self._device = device
         self._name = type(module).__name__
         self._call: Any = module.eval()
@@ -93,7 +101,7 @@ class DeviceProgram:
             return recorded.outputs
 
     def _eager(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        results = self._call(*inputs, *self._state)
+        results = self._call(*inputs, *self._bound, *self._state)
         if isinstance(results, Tensor):
             results = (results,)
         count = len(results) - len(self._state)

@@ -40,6 +40,17 @@ class Sum(nn.Module):
         return 2 * following, following
 
 
+def test_bound_tensors_are_read_where_they_are() -> None:
+    x, total = torch.ones(2), torch.zeros(2)
+    program = DeviceProgram(Sum(False), [total], [x])
+    program.run()
+    x.fill_(5)
+    (out,) = program.run()
+    assert out.tolist() == [12.0, 12.0]
+    with pytest.raises(ProgramError, match="a state or bound tensor is on meta"):
+        DeviceProgram(Sum(False), [total], [torch.ones(2, device="meta")])
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_state_is_updated_in_place(copied: bool) -> None:
     total = torch.zeros(2)
@@ -56,7 +67,7 @@ def test_graphs_need_a_device_that_has_them() -> None:
 
 
 def test_tensors_elsewhere_are_refused() -> None:
-    with pytest.raises(ProgramError, match="a state tensor is on meta, the module on cpu"):
+    with pytest.raises(ProgramError, match="a state or bound tensor is on meta, the module on cpu"):
         DeviceProgram(Sum(False), [torch.zeros(2, device="meta")])
     with pytest.raises(ProgramError, match="Sum: an input is on meta, not on cpu"):
         DeviceProgram(Sum(False), [torch.zeros(2)]).run(torch.zeros(2, device="meta"))
