@@ -2,8 +2,8 @@
 
 Inputs of `run` are copied to buffers that were made once, for the largest shapes of the plan's profile;
 outputs are copied back, and that copy is the only thing the host waits for. `run_on_device` takes and gives
-what is on the device and waits for nothing. Where shapes and addresses are those of an earlier run, the step
-is replayed as one CUDA graph instead of being enqueued kernel by kernel.
+what is on the device and waits for nothing. Where shapes and addresses are those of earlier runs, the step is
+replayed as one CUDA graph instead of being enqueued kernel by kernel.
 
 **This has not run on a GPU.** The order of calls, addresses, shapes and results are tested with a stand-in
 for engine and device that runs the graph with onnxruntime; TensorRT's own behaviour is not.
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 MOST_GRAPHS = 8
 """CUDA graphs that a program keeps; shapes not seen for long are captured anew."""
+
+MOST_SEEN = 64
+"""Shapes and addresses that a program remembers to have run once."""
 
 
 class Scratch:
@@ -96,6 +99,24 @@ def load_plan(plan: bytes, label: str = "plan") -> LoadedPlan:
     if engine is None:
         raise ProgramError(f"{label}: {tensorrt.joined(said) or 'the plan cannot be loaded'}")
     return LoadedPlan(trt, runtime, engine, label)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Shapes and addresses that have an execution context of their own.
+
+    A CUDA graph refers to what its context holds, so no other shapes may be set there; and TensorRT must have
+    run once after shapes were set, for what it sets up then cannot be captured.
+
+    Attributes:
+        context: set up, and run once.
+        shapes: of the outputs.
+        replay: runs the CUDA graph; None: not captured yet.
+    """
+
+    context: Any
+    shapes: dict[str, tuple[int, ...]]
+    replay: Callable[[], None] | None = None
 
 
 class TensorrtProgram:
@@ -210,30 +231,44 @@ class TensorrtProgram:
         return {name: (self._outputs[name].address, shape) for name, shape in shapes.items()}
 
     def _set_up(self, state: Mapping[str, Any]) -> None:
-        """A context of its own for this state, with everything bound that never changes."""
+        """Contexts of its own for this state."""
         self._checker = FeedChecker(self._graph.inputs)
-        self._tensors = dict(state)  # kept alive: the context has their addresses
-        where = check_device_state(self._label, self._bindings, state)
-        # Activation memory is ours to give.
+        self._tensors = dict(state)  # kept alive: contexts have their addresses
+        self._where = check_device_state(self._label, self._bindings, state)
+        self._copied: dict[str, Buffer] = {}
+        for binding in self._bindings.state:
+            if not binding.shared:
+                size = prod(self._where[binding.spec.name][1]) * binding.spec.dtype.itemsize
+                self._copied[binding.spec.name] = self._device.allocate(size)
+        self._context = self._new_context()
+        self._scratch_bound = False
+        self._seen: OrderedDict[Any, None] = OrderedDict()
+        self._kept: OrderedDict[Any, _Kept] = OrderedDict()
+        self._outputs = self._allocate_outputs()
+        self._bind_outputs(self._context)
+
+    def _new_context(self) -> Any:
+        """A context with the state bound. Activation memory is ours to give."""
         strategy = self._plan.package.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._plan.engine.create_execution_context(strategy)
         if context is None:
             raise ProgramError(f"{self._label}: no execution context can be made")
-        self._context = context
-        self._scratch_bound = False
-        self._seen: set[Any] = set()
-        self._graphs: OrderedDict[Any, tuple[Callable[[], None], dict[str, tuple[int, ...]]]] = OrderedDict()
-        self._copied: dict[str, Buffer] = {}
-        for binding in self._bindings.state:
-            name = binding.spec.name
-            address, shape = where[name]
+        for name, (address, shape) in self._where.items():
             self._check(context.set_input_shape(name, shape), f"state {name!r} {list(shape)}")
             self._check(context.set_tensor_address(name, address), f"the address of {name!r}")
-            if not binding.shared:
-                self._copied[name] = self._device.allocate(prod(shape) * binding.spec.dtype.itemsize)
-                address = self._copied[name].address
-            self._check(context.set_tensor_address(name + NEXT, address), f"the address of {name + NEXT!r}")
-        self._outputs = self._allocate_outputs()
+            copied = self._copied.get(name)
+            successor = copied.address if copied else address
+            self._check(context.set_tensor_address(name + NEXT, successor), f"the address of {name + NEXT!r}")
+        return context
+
+    def _bind_outputs(self, context: Any) -> None:
+        for spec in self._graph.outputs:
+            address = self._outputs[spec.name].address
+            self._check(context.set_tensor_address(spec.name, address), f"output {spec.name!r}")
+
+    def _bind_scratch(self, context: Any) -> None:
+        buffer = self._scratch.use()
+        context.set_device_memory(buffer.address, buffer.size)
 
     def _allocate_outputs(self) -> dict[str, Buffer]:
         """Buffers for the largest outputs that the profile allows."""
@@ -247,43 +282,57 @@ class TensorrtProgram:
                 raise ProgramError(f"{self._label}: the size of output {spec.name!r} depends on values")
             if spec.name not in found or found[spec.name].size < size:
                 found[spec.name] = self._device.allocate(size)
-            address = found[spec.name].address
-            self._check(self._context.set_tensor_address(spec.name, address), f"output {spec.name!r}")
         return found
 
     def _step(self, given: Mapping[str, tuple[tuple[int, ...], int]]) -> dict[str, tuple[int, ...]]:
-        """Enqueue one step. Returns the outputs' shapes."""
+        """Enqueue one step. Returns the outputs' shapes.
+
+        What was never seen goes through the context that all such share. What comes again gets a context of
+        its own, and from its third run on a CUDA graph.
+        """
         if not self._scratch_bound:
-            buffer = self._scratch.use()
-            self._context.set_device_memory(buffer.address, buffer.size)
+            self._bind_scratch(self._context)
             self._scratch_bound = True
         key = tuple(given.items())
-        known = self._graphs.get(key)
+        known = self._kept.get(key)
         if known is not None:
-            self._graphs.move_to_end(key)
-            known[0]()
-            return known[1]
-        for name, (shape, address) in given.items():
-            self._check(self._context.set_input_shape(name, shape), f"input {name!r} {list(shape)}")
-            self._check(self._context.set_tensor_address(name, address), f"the address of {name!r}")
-        shapes = {spec.name: tuple(self._context.get_tensor_shape(spec.name)) for spec in self._graph.outputs}
-        if self._cuda_graphs and key in self._seen:
-            # TensorRT must have run once with these shapes: what it sets up then cannot be captured.
-            self._capture(key, shapes)
-            self._graphs[key][0]()
-            return shapes
-        self._seen.add(key)
-        self._enqueue()
+            self._kept.move_to_end(key)
+            if known.replay is None:
+                known.replay = self._capture(known.context)
+            known.replay()
+            return known.shapes
+        if not self._cuda_graphs or key not in self._seen:
+            self._seen[key] = None
+            if len(self._seen) > MOST_SEEN:
+                self._seen.popitem(last=False)
+            return self._run_in(self._context, given)
+        context = self._new_context()
+        self._bind_outputs(context)
+        self._bind_scratch(context)
+        shapes = self._run_in(context, given)
+        self._kept[key] = _Kept(context, shapes)
+        if len(self._kept) > MOST_GRAPHS:
+            self._device.wait()  # it may be running still
+            self._kept.popitem(last=False)
         return shapes
 
-    def _capture(self, key: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        self._graphs[key] = self._device.capture(self._enqueue), shapes
-        if len(self._graphs) > MOST_GRAPHS:
-            self._graphs.popitem(last=False)
-        log.debug("%s: captured a CUDA graph", self._label)
+    def _run_in(
+        self, context: Any, given: Mapping[str, tuple[tuple[int, ...], int]]
+    ) -> dict[str, tuple[int, ...]]:
+        for name, (shape, address) in given.items():
+            self._check(context.set_input_shape(name, shape), f"input {name!r} {list(shape)}")
+            self._check(context.set_tensor_address(name, address), f"the address of {name!r}")
+        shapes = {spec.name: tuple(context.get_tensor_shape(spec.name)) for spec in self._graph.outputs}
+        self._enqueue(context)
+        return shapes
 
-    def _enqueue(self) -> None:
-        self._check(self._context.execute_async_v3(self._device.stream), "the step")
+    def _capture(self, context: Any) -> Callable[[], None]:
+        replay = self._device.capture(lambda: self._enqueue(context))
+        log.debug("%s: captured a CUDA graph", self._label)
+        return replay
+
+    def _enqueue(self, context: Any) -> None:
+        self._check(context.execute_async_v3(self._device.stream), "the step")
         for name, buffer in self._copied.items():
             self._device.copy_back(self._tensors[name], buffer)
 

@@ -172,6 +172,8 @@ class Context:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.scratch: tuple[int, int] | None = None
         self.refuse: set[str] = set()
+        self.settled = False
+        self.captured = False
 
     def call(self, what: str) -> bool:
         self.engine.device.calls.append(what)
@@ -182,6 +184,8 @@ class Context:
         within = len(shape) == len(most)
         if not within or not all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True)):
             return False
+        assert not self.captured  # a CUDA graph relies on what is here
+        self.settled = self.settled and self.shapes[name] == tuple(shape)
         self.shapes[name] = tuple(shape)
         return self.call(f"shape {name}")
 
@@ -215,6 +219,11 @@ class Context:
         assert self.scratch is not None
         engine, addresses, shapes = self.engine, dict(self.addresses), dict(self.shapes)
         assert set(addresses) == set(engine.tensors)  # TensorRT wants every tensor bound
+        if engine.device.recording is not None:
+            assert self.settled  # after new shapes TensorRT sets things up, which cannot be captured
+            assert not self.captured
+            self.captured = True
+        self.settled = True
         outputs = {spec.name: self.get_tensor_shape(spec.name) for spec in engine.info.outputs}
 
         def work() -> None:

@@ -106,7 +106,7 @@ def test_a_step_computes_what_onnxruntime_does_and_updates_the_callers_state(vid
     np.testing.assert_array_equal(first, kept)  # the caller owns what it got
 
 
-def test_the_first_run_binds_the_second_captures_and_later_ones_replay(video: Video) -> None:
+def test_the_second_run_has_its_own_context_the_third_captures_and_later_ones_replay(video: Video) -> None:
     made = Made(video, "denoise")
     feeds = video.feeds["denoise"]
     names = list(feeds)
@@ -114,8 +114,12 @@ def test_the_first_run_binds_the_second_captures_and_later_ones_replay(video: Vi
     uploads = ["upload"] * len(names)
     rest = ["download", "before caller", "wait"]
     assert made.check(feeds) == ["after caller", *uploads, "scratch", *bound, "enqueue", "execute", *rest]
+    states = [spec.name for spec in video.infos["denoise"].state]
+    again = [call for name in states for call in (f"shape {name}", f"address {name}", f"address {name}.next")]
+    again += ["address flow", "scratch", *bound, "enqueue", "execute"]
+    assert made.check(feeds) == ["after caller", *uploads, *again, *rest]
     captured = ["capture", "enqueue", "replay", "execute"]
-    assert made.check(feeds) == ["after caller", *uploads, *bound, *captured, *rest]
+    assert made.check(feeds) == ["after caller", *uploads, *captured, *rest]
     for _ in range(2):
         assert made.check(feeds) == ["after caller", *uploads, "replay", "execute", *rest]
 
@@ -130,15 +134,33 @@ def test_without_cuda_graphs_every_step_is_enqueued(video: Video) -> None:
 def test_every_shape_has_its_own_graph_and_old_ones_are_given_up(
     video: Video, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    long, short = video.feeds["recache"], video.feeds["short"]
+
+    def graphs_of(made: Made, *given: dict[str, Array]) -> list[str]:
+        found = []
+        for feeds in given:
+            calls = made.check(feeds)
+            found.append("capture" if "capture" in calls else "replay" if "replay" in calls else "plain")
+        return found
+
+    turns = graphs_of(Made(video, "recache"), *[long, short] * 4)
+    assert turns == ["plain"] * 4 + ["capture"] * 2 + ["replay"] * 2
+
     monkeypatch.setattr(tensorrt_program, "MOST_GRAPHS", 1)
     made = Made(video, "recache")
-    long, short = video.feeds["recache"], video.feeds["short"]
-    for feeds in (long, short):
-        assert "capture" not in made.check(feeds)
-    for feeds in (long, short, long):
-        assert "capture" in made.check(feeds)
-    calls = made.check(long)
-    assert ("capture" in calls, "replay" in calls) == (False, True)
+    assert graphs_of(made, long, long, long, short) == ["plain", "plain", "capture", "plain"]
+    assert made.check(short).count("wait") == 2  # nothing may be running of what is given up
+    assert graphs_of(made, short, long, long, long) == ["capture", "plain", "capture", "replay"]
+
+
+def test_what_was_seen_once_is_not_remembered_for_ever(video: Video, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_program, "MOST_SEEN", 2)
+    made = Made(video, "denoise")
+    shapes = video.feeds["denoise"]
+    given = [{name: torch.from_numpy(a.copy()) for name, a in shapes.items()} for _ in range(5)]
+    for feeds in given:  # other addresses every time
+        made.program.run_on_device(feeds)
+    assert len(made.program._seen) == 2
 
 
 def test_states_share_their_buffers_unless_they_are_to_be_copied(video: Video) -> None:
@@ -154,7 +176,7 @@ def test_states_share_their_buffers_unless_they_are_to_be_copied(video: Video) -
     copied = bindings_of("plan", made.engine, video.infos["denoise"], share=False)
     for binding in copied.state:
         assert binding.shared == binding.declared == (binding.spec.name in declared)
-    for _ in range(3):  # plain, captured, replayed
+    for _ in range(4):  # plain, in a context of its own, captured, replayed
         assert made.check(video.feeds["denoise"]).count("copy back") == len(names) - 3
 
 
@@ -181,7 +203,7 @@ def test_one_engine_serves_several_states(video: Video) -> None:
     mirror = {name: value.numpy().copy() for name, value in state.items()}
     twin, oracle = made.program.over(state), made.oracle.over(mirror)
     assert len(made.device.buffers) == count  # nothing but the context is new
-    for _ in range(3):
+    for _ in range(4):
         made.check(video.feeds["denoise"])
         want, have = oracle.run(video.feeds["denoise"]), twin.run(video.feeds["denoise"])
         np.testing.assert_array_equal(have["flow"], want["flow"])
