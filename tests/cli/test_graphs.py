@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from realtide import variants
+from realtide.bundle import load_manifest
 from tests.cli.conftest import ROOT, Run
 
 SPEECH = str(ROOT / "models" / "ancat-commands-en")
@@ -78,11 +79,9 @@ def test_plans_are_built_listed_inspected_and_removed(run: Run, joiner: Path, tm
     (row,) = again["plans"]
     assert (row["built"], row["problem"], row["key"]["precision"]) == (False, "", "float16")
     other = json.loads(run(*command, "--max-batch", "2", "--gpu", "8.9", "--json").out)["plans"][0]
-    assert (other["built"], other["key"]["capability"], other["key"]["profile"]) == (
-        True,
-        "8.9",
-        "rows=1:2:24",
-    )
+    assert (other["built"], other["key"]["capability"]) == (True, "8.9")
+    frames = load_manifest(joiner).architecture["step_frames"]
+    assert other["key"]["profile"] == f"rows=1:2:{2 * frames}"
 
     (listed, _) = sorted(json.loads(run("models", "plans", "list", "--cache", str(cache), "--json").out),
                          key=lambda plan: bool(plan["key"]["capability"] != "any"))  # fmt: skip
