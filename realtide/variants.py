@@ -31,6 +31,11 @@ Four times what the worst output of the bundles here has in float16 (0.001), twi
 that ANCAT decides).
 """
 
+WIDER = {("easycontrol", "text", "float16"): 0.04}
+"""Other bounds, by engine, program and precision. T5 does not scale its attention, so its logits are large
+and rounding moves them: random words give 0.02, single tokens up to 0.1. Better served in float32.
+"""
+
 FP8 = (
     "precision: fp8 needs QuantizeLinear and DequantizeLinear around every product, with scales calibrated "
     "on a GPU (nvidia-modelopt), which this command does not make: export fp16 or bf16"
@@ -162,7 +167,8 @@ def report_variant(
             found = measure(bundle.directory / reference, path, weights, samples[name])
             row["outputs"] = [_row(quality) for quality in found]
             row["worst"] = max((q.relative for q in found), default=0.0)
-            row["within"] = bound is not None and row["worst"] <= bound
+            row["bound"] = WIDER.get((bundle.manifest.engine, name, precision), bound)
+            row["within"] = row["bound"] is not None and row["worst"] <= row["bound"]
         rows.append(row)
     report: dict[str, Any] = _finite(
         {
