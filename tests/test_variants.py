@@ -9,7 +9,6 @@ import pytest
 
 from realtide import variants
 from realtide.bundle import Bundle, load_bundle
-from realtide.engines.runtime.onnx_file import read_graph
 from realtide.engines.runtime.plan_key import PORTABLE
 from realtide.engines.runtime.plans import PlanCache
 from realtide.plan_building import build_plans
@@ -17,11 +16,10 @@ from realtide.variants import (
     BOUNDS,
     WIDER,
     VariantError,
-    engine_graphs,
     export_variant,
-    manifest_values,
     report_variant,
 )
+from tests import graph_samples
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BUNDLES = sorted(path.parent.name for path in MODELS.glob("*/manifest.yaml"))
@@ -84,22 +82,7 @@ def test_tensorrt_compiles_every_graph(half: tuple[Bundle, dict[str, Path]], tmp
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_sizes_and_samples_are_of_the_bundles_graphs(name: str) -> None:
-    bundle = load_bundle(MODELS / name)
-    graphs, values = engine_graphs(bundle), manifest_values(bundle)
-    sizes, samples = graphs.sizes(values, 4), graphs.samples(values)
-    assert set(samples) == set(bundle.manifest.programs)
-    for program, sample in samples.items():
-        info = read_graph(bundle.graph(program, "float32").read_bytes())
-        assert {spec.name for spec in info.state} == set(sample.state)
-        for call in sample.calls:
-            assert set(call) == {spec.name for spec in info.inputs}
-            for spec in info.inputs:
-                for dim, have in zip(spec.shape, call[spec.name].shape, strict=True):
-                    if isinstance(dim, str):
-                        given = sizes[program][dim]
-                        assert given.least <= have <= given.most, (program, spec.name, dim)
-                    else:
-                        assert dim == have
+    graph_samples.check(load_bundle(MODELS / name))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from realtide.cli.errors import CommandError, UsageError
-from realtide.cli.replay import quiet
 
 if TYPE_CHECKING:
     from realtide.bundle import Precision
@@ -112,6 +111,7 @@ def longlive(
     try:
         from realtide.engines.longlive import convert
         from realtide.engines.longlive.config import StreamConfig
+        from realtide.engines.runtime.golden import quiet
         from realtide.engines.runtime.program import ProgramError
     except ImportError as error:
         raise CommandError(f"converting needs the extra train (PyTorch): {error}") from None
@@ -264,6 +264,7 @@ def easycontrol(
     try:
         from realtide.engines.easycontrol import convert
         from realtide.engines.easycontrol.config import Role
+        from realtide.engines.runtime.golden import quiet
         from realtide.engines.runtime.program import ProgramError
     except ImportError as error:
         raise CommandError(f"converting needs the extra train (PyTorch): {error}") from None

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-from collections.abc import Iterator
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -62,7 +59,7 @@ def command(
     except ImportError as error:
         raise CommandError(f"replaying needs a package that is not installed: {error}") from None
     try:
-        with quiet():
+        with golden.quiet():
             described, _ = golden.read_case(case)
             engine = images if images.KEY in described else video
             report = engine.replay(case, backend.value)
@@ -80,17 +77,6 @@ def command(
         _table(report, golden.TOLERANCE[report.backend])
     if not report.ok:
         raise CommandError(f"{report.case}: not what the reference computes")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence logging for a while: the exporter warns about its own internals, on standard error."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _table(report: Report, tolerance: float) -> None:

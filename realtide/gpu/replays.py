@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from realtide.engines.easycontrol import replay as images
 from realtide.engines.longlive import replay as video
-from realtide.engines.runtime.golden import Backend, CaseError, Report, read_case
+from realtide.engines.runtime.golden import Backend, CaseError, Report, quiet, read_case
 from realtide.engines.runtime.program import ProgramError
 from realtide.gpu.timing import Budget
 
@@ -55,7 +54,7 @@ def run(cases: Sequence[Path], device: str, seconds: float) -> dict[str, Any]:
     """
     budget = Budget(seconds)
     found: dict[str, Any] = {}
-    with _exact(), _quiet():
+    with _exact(), quiet():
         for backend, where in (("torch", device), ("onnxruntime", "cpu")):
             reason = missing(backend)  # type: ignore[arg-type]
             if reason:
@@ -124,14 +123,3 @@ def _exact() -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, conv.allow_tf32 = before
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns about its own internals."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -49,17 +49,22 @@ class ConfigError(Exception):
     """Not valid. The message has one line per field: name, accepted range, value and source."""
 
 
+def _listed(value: object) -> object:
+    """A text that is JSON, or names with commas between them, as a list; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if not text.startswith("["):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+
+
 def _order(value: object) -> object:
     """An order of runtimes: a list, JSON, or names with commas between them; each once."""
-    if isinstance(value, str):
-        text = value.strip()
-        if text.startswith("["):
-            try:
-                value = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"not valid JSON: {error}") from None
-        else:
-            value = [part.strip() for part in text.split(",") if part.strip()]
+    value = _listed(value)
     if isinstance(value, (list, tuple)):
         wrong = [name for name in value if name not in RUNTIMES]
         if wrong or not value or len(set(value)) < len(value):
@@ -257,15 +262,7 @@ class ServerConfig(BaseModel):
     @classmethod
     def _models(cls, value: object) -> object:
         """Accept bundle directories as plain strings, also one string with commas, and JSON."""
-        if isinstance(value, str):
-            text = value.strip()
-            if text.startswith("["):
-                try:
-                    value = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"not valid JSON: {error}") from None
-            else:
-                value = [part.strip() for part in text.split(",") if part.strip()]
+        value = _listed(value)
         if isinstance(value, (list, tuple)):
             return [{"bundle": item} if isinstance(item, (str, Path)) else item for item in value]
         return value

@@ -6,8 +6,10 @@ files with ``weights`` in their names. Serving never imports this, and it needs 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +35,17 @@ class Named(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise CaseError(f"the case has no {name!r}")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence logging for a while: the exporter warns about its own internals, on standard error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ import pytest
 from realtide.bundle import Bundle, load_bundle
 from realtide.engines.easycontrol import graphs
 from realtide.engines.runtime import int8
-from realtide.engines.runtime.onnx_file import read_graph
 from realtide.engines.runtime.plan_key import PORTABLE
 from realtide.engines.runtime.plans import PlanCache
 from realtide.plan_building import build_plans
-from realtide.variants import export_variant, manifest_values, report_variant
+from realtide.variants import export_variant, report_variant
+from tests import graph_samples
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +51,4 @@ def test_int8_is_of_the_transformer_alone(
 
 
 def test_samples_are_within_the_sizes_of_the_manifest(bundle: Bundle) -> None:
-    values = manifest_values(bundle)
-    sizes, samples = graphs.sizes(values, 4), graphs.samples(values)
-    assert set(samples) == set(bundle.manifest.programs)
-    for program, sample in samples.items():
-        info = read_graph(bundle.graph(program, "float32").read_bytes())
-        for call in sample.calls:
-            assert set(call) == {spec.name for spec in info.inputs}
-            for spec in info.inputs:
-                for dim, have in zip(spec.shape, call[spec.name].shape, strict=True):
-                    if isinstance(dim, str):
-                        given = sizes[program][dim]
-                        assert given.least <= have <= given.most, (program, spec.name, dim)
-                    else:
-                        assert dim == have
+    graph_samples.check(bundle)
