@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -34,7 +35,7 @@ class OwnServer:
 
 @contextlib.asynccontextmanager
 async def own_server(bundles: Sequence[Path] = (), settings: Sequence[str] = ()) -> AsyncIterator[OwnServer]:
-    """Start a server, wait until it is healthy, and stop it at the end.
+    """Start a server, wait until it is healthy, and stop it at the end, SIGTERM included (exit status 143).
 
     Args:
         bundles: What it serves; none: what `realtide serve` finds by itself.
@@ -62,20 +63,43 @@ async def own_server(bundles: Sequence[Path] = (), settings: Sequence[str] = ())
             start_new_session=True,  # Ctrl-C is for the command, which then stops the server
         )
         try:
-            ready = await _ready(process)
-            if ready is None:
-                errors.seek(0)
-                raise CommandError(f"the server did not start: {_last_words(errors.read())}")
-            server = OwnServer(
-                address=f"127.0.0.1:{ready['port']}",
-                metrics_url=f"http://127.0.0.1:{ready['metrics_port']}/metrics",
-                pid=process.pid,
-                models=tuple(ready["models"]),
-            )
-            await wait_healthy(server.address)
-            yield server
+            async with _ended_by_sigterm():
+                ready = await _ready(process)
+                if ready is None:
+                    errors.seek(0)
+                    raise CommandError(f"the server did not start: {_last_words(errors.read())}")
+                server = OwnServer(
+                    address=f"127.0.0.1:{ready['port']}",
+                    metrics_url=f"http://127.0.0.1:{ready['metrics_port']}/metrics",
+                    pid=process.pid,
+                    models=tuple(ready["models"]),
+                )
+                await wait_healthy(server.address)
+                yield server
         finally:
             await _stop(process)
+
+
+@contextlib.asynccontextmanager
+async def _ended_by_sigterm() -> AsyncIterator[None]:
+    """Let SIGTERM end the task in order; by itself it would end the process and leave the server behind."""
+    loop, task, told = asyncio.get_running_loop(), asyncio.current_task(), False
+
+    def end() -> None:
+        nonlocal told
+        told = True
+        if task is not None:
+            task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, end)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if told:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 async def wait_healthy(address: str, timeout: float = 30.0) -> None:

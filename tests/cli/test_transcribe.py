@@ -116,6 +116,22 @@ def test_without_a_server_one_is_started_and_stopped(
     assert str(bundle) not in left, "its server must not outlive the command"
 
 
+def test_terminating_stops_the_own_server_too(process: Process, bundle: Path, recording: Path) -> None:
+    with subprocess.Popen(
+        process.line("transcribe", str(recording), "--json"), stdout=subprocess.PIPE, env=process.environment
+    ) as command:
+        try:
+            assert command.stdout is not None
+            assert command.stdout.readline()  # its server serves
+            command.terminate()
+            command.stdout.read()
+            assert command.wait(60) == 128 + signal.SIGTERM
+        finally:
+            command.kill()
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(bundle) not in left
+
+
 def test_interrupting_ends_the_audio_and_still_gives_the_last_words(
     process: Process, address: str, recording: Path
 ) -> None:
