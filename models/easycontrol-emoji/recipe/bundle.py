@@ -2,7 +2,7 @@
 
 bundle.py --vae vae.pt --model model.pt --canny canny.pt --subject subject.pt --tokenizer tokenizer.model
           --out models/easycontrol-emoji [--scores scores.json]
-bundle.py --out models/easycontrol-emoji --scores scores.json --manifest-only
+bundle.py --out models/easycontrol-emoji [--scores scores.json] --manifest-only
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from shapes import image_config, pooled_config, text_config, vae_config
 
 from realtide.bundle import MANIFEST, write_manifest
 from realtide.engines.easycontrol import export, torch_programs
+from realtide.engines.easycontrol.graphs import INT8
 from realtide.engines.easycontrol.layout import (
     POOLED,
     PREVIEW,
@@ -33,6 +34,7 @@ from realtide.engines.easycontrol.layout import (
     lora,
 )
 from realtide.engines.easycontrol.tokenizer import PromptTokenizer
+from realtide.engines.runtime.int8 import quantize_graph
 from realtide.engines.runtime.program import Array
 from realtide.engines.runtime.quantize import pack_rows
 from realtide.engines.runtime.weights import WeightFile
@@ -91,12 +93,25 @@ def load_weights(vae: Path, model: Path, loras: dict[str, Path]) -> tuple[dict[s
     return weights, {"scaling": saved["scaling"], "shift": saved["shift"]}
 
 
-def retell(directory: Path, scores: dict[str, Any]) -> None:
-    """Write the manifest anew with other scores; weights and graphs stay."""
+def graph_files(out: Path) -> dict[str, Any]:
+    """Write int8 variants beside the float graphs of `out`; what the manifest says of both."""
+    table = {}
+    for name in vars(PROGRAMS).values():
+        plain = narrow = f"onnx/{name}.onnx"
+        if name in INT8:
+            narrow = f"onnx/{name}.int8.onnx"
+            quantize_graph(out / plain, out / narrow)
+        table[name] = {"float32": plain, "int8": narrow}
+    return {"precisions": ["float32", "int8"], "programs": table}
+
+
+def retell(directory: Path, version: str, scores: dict[str, Any]) -> None:
+    """Write int8 graphs and the manifest anew; weights and float graphs stay, and scores if none are given."""
     values = yaml.safe_load((directory / MANIFEST).read_text(encoding="utf-8"))
     for name in ("files", "format"):
         del values[name]
-    write_manifest(directory, values | {"scores": scores})
+    changed = {"version": version, "scores": scores or values["scores"]}
+    write_manifest(directory, values | graph_files(directory) | changed)
 
 
 def main() -> None:
@@ -105,15 +120,15 @@ def main() -> None:
     for name in ("vae", "model", "tokenizer", *KINDS):
         parse.add_argument(f"--{name}", type=Path)
     parse.add_argument("--out", type=Path, required=True)
-    parse.add_argument("--version", default="1.0.0", help="semantic version of the bundle")
+    parse.add_argument("--version", default="1.1.0", help="semantic version of the bundle")
     parse.add_argument("--created", default="2026-11-25", help="YYYY-MM-DD")
     parse.add_argument("--scores", type=Path, help="what evaluate.py wrote")
     parse.add_argument("--keep-graphs", action="store_true", help="OUT has them: they hold no weights")
-    parse.add_argument("--manifest-only", action="store_true", help="keep OUT's weights and graphs")
+    parse.add_argument("--manifest-only", action="store_true", help="keep OUT's weights and float graphs")
     args = parse.parse_args()
     scores = json.loads(args.scores.read_text()) if args.scores else {}
     if args.manifest_only:
-        retell(args.out, scores)
+        retell(args.out, args.version, scores)
         return
     graphs = args.out / "onnx"
     graphs.mkdir(parents=True, exist_ok=True)
@@ -145,9 +160,8 @@ def main() -> None:
                 "preview": config.preview,
             },
             "limits": LIMITS,
-            "precisions": ["float32"],
             "weights": "weights.safetensors",
-            "programs": {name: {"float32": f"onnx/{name}.onnx"} for name in names},
+            **graph_files(args.out),
             "assets": {TOKENIZER: "tokenizer.model"},
             "scores": scores,
             "provenance": {

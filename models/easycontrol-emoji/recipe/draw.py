@@ -39,10 +39,11 @@ class Artist:
     Args:
         bundle: its directory.
         steps: of every image; None: as the bundle has it.
+        precision: of the graphs; None: the bundle's first.
     """
 
-    def __init__(self, bundle: Path, steps: int | None = None) -> None:
-        self._engine = load(bundle, slots=1, max_batch=1)
+    def __init__(self, bundle: Path, steps: int | None = None, precision: str | None = None) -> None:
+        self._engine = load(bundle, slots=1, max_batch=1, precision=precision)
         self.steps = steps or self._engine.info.steps
         self.seconds: list[float] = []
         """Of each image, decoding included."""

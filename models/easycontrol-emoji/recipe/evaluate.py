@@ -1,7 +1,7 @@
 """Scores of a bundle on names that training never saw, in no style (ours).
 
     evaluate.py --pictures pictures.npz --bundle models/easycontrol-emoji --out scores.json
-                [--count N] [--steps N]
+                [--count N] [--steps N] [--precision int8]
 
 *Edge agreement*: the intersection over union of two edge maps, the condition's and the result's, where an
 edge counts as met if the other map has one at most a pixel away. It is taken with the condition, without one
@@ -122,9 +122,10 @@ def main() -> None:
     parse.add_argument("--bundle", type=Path, required=True)
     parse.add_argument("--count", type=int, default=95, help="names")
     parse.add_argument("--steps", type=int)
+    parse.add_argument("--precision")
     parse.add_argument("--out", type=Path, required=True)
     args = parse.parse_args()
-    artist = Artist(args.bundle, args.steps)
+    artist = Artist(args.bundle, args.steps, args.precision)
     scores = measure(Pictures(args.pictures), artist, args.count)
     artist.close()
     scores |= {"commit": report.commit(), "names": args.count, "steps": artist.steps}

@@ -214,7 +214,7 @@ def load(
         bundle: the bundle or its directory.
         slots: sessions that can be open at once.
         max_batch: most sessions that one step advances.
-        precision: ``fp32``, ``fp16`` or ``bf16``; None: the bundle's default.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``; None: the bundle's default.
         threads: threads of one program.
         step_latency: seconds after which a session's next step is due.
         backend: ``onnxruntime``, or ``torch`` where PyTorch is installed.

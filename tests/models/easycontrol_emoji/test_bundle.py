@@ -149,3 +149,15 @@ def test_a_size_that_was_never_trained(drawn: Recipe, artist: Any) -> None:
     assert np.isfinite(pixels).all()
     corner = (pixels[:, :4, :4].mean((1, 2)) + 1) / 2
     np.testing.assert_allclose(corner, np.array(drawn("names").BACKGROUNDS["green"]) / 255, atol=0.1)
+
+
+def test_int8_draws_the_same(drawn: Recipe, bundle: Path, artist: Any) -> None:
+    """Edges, prompt and seed give nearly the picture that float32 gives."""
+    pictures, names = drawn("pictures"), drawn("names")
+    narrow = drawn("draw").Artist(bundle, precision="int8")
+    prompt = names.plain("emoji", "blue", "flat")
+    for seed, shape in enumerate(shapes("red")[:2]):
+        sketch = [("canny", pictures.as_condition(pictures.edges(planes(shape))), 1.0)]
+        wide, found = (one.draw(prompt, (SIDE, SIDE), seed, sketch) for one in (artist, narrow))
+        assert 0 < np.abs(found - wide).mean() < 0.05
+    narrow.close()
