@@ -106,7 +106,7 @@ def graph_files(out: Path) -> dict[str, Any]:
 
 
 def retell(directory: Path, version: str, scores: dict[str, Any]) -> None:
-    """Write int8 graphs and the manifest anew; weights and float graphs stay, and scores if none are given."""
+    """Write int8 graphs and the manifest anew; the rest stays, and scores do if none are given."""
     values = yaml.safe_load((directory / MANIFEST).read_text(encoding="utf-8"))
     for name in ("files", "format"):
         del values[name]
