@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -11,6 +14,7 @@ import pytest
 
 import realtide_client as rt
 from realtide_client.link import SPEECH, Link, Target
+from realtide_client.v1 import speech_pb2, speech_pb2_grpc
 from tests.clients.scripted import rich_status
 
 Status = tuple[grpc.StatusCode, str, Any]
@@ -84,3 +88,40 @@ async def test_an_internal_error_of_the_server_stays_one() -> None:
         await link.read()
     link = await link_of(Call((grpc.StatusCode.OK, "", ())))
     assert await link.read() is None
+
+
+class Leaving(speech_pb2_grpc.SpeechServicer):
+    """Ends its call, which the client has not finished, when it is told to."""
+
+    def __init__(self) -> None:
+        self.leave = threading.Event()
+
+    def Stream(self, request_iterator: Iterator[Any], context: grpc.ServicerContext) -> Any:
+        yield speech_pb2.SpeechStreamResponse(opened=speech_pb2.SpeechOpened())
+        self.leave.wait(30)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "resume elsewhere")
+
+
+async def test_the_status_of_a_real_server_is_read_though_a_write_fails_after_it() -> None:
+    servicer = Leaving()
+    server = grpc.server(ThreadPoolExecutor(1))
+    speech_pb2_grpc.add_SpeechServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    link = Link(Target(f"127.0.0.1:{port}"), SPEECH)
+    try:
+        await link.open(speech_pb2.SpeechStreamRequest(open=speech_pb2.SpeechOpen()), 30)
+        reading = asyncio.create_task(link.read())
+        audio = speech_pb2.SpeechStreamRequest(audio=speech_pb2.AudioChunk(data=b"\0" * 3200))
+        assert await link.write(audio)
+        servicer.leave.set()
+        # The loop is kept from seeing the status that comes meanwhile, so that the next write fails after it.
+        time.sleep(0.2)  # noqa: ASYNC251
+        while await link.write(audio):
+            time.sleep(0.02)  # noqa: ASYNC251
+        with pytest.raises(rt.Unavailable, match="resume elsewhere") as caught:
+            await reading
+        assert caught.value.reconnectable
+    finally:
+        await link.close()
+        server.stop(None).wait()

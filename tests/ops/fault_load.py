@@ -6,7 +6,6 @@ One session after the other of each kind, begun for so many seconds; writes what
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import sys
 import time
@@ -14,10 +13,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from itertools import chain, repeat
 from typing import Any
 
-import grpc
-
 import realtide_client as rt
-from realtide_client.v1 import common_pb2, speech_pb2, speech_pb2_grpc
+from tests.ops.plain import speaks_plainly
 from tests.ops.processes import recognized, spoken
 
 SPEECHES, VIDEOS, PLAIN = 4, 1, 3
@@ -50,33 +47,10 @@ async def watches(client: rt.Client, length: int, rate: float) -> dict[str, Any]
         return {"kind": "video", "given": whole, "reconnects": stream.reconnects}
 
 
-async def speaks_plainly(address: str, samples: Any, rate: int) -> dict[str, Any]:
+async def tries_once(address: str, samples: Any, rate: int) -> dict[str, Any]:
     """A client that never tries again; the last message that it got, and its status."""
-    last = ""
-    options = [*ALIVE, ("grpc.use_local_subchannel_pool", 1)]
-    async with grpc.aio.insecure_channel(address, options=options) as channel:
-        stub: Any = speech_pb2_grpc.SpeechStub(channel)
-        call = stub.Stream()
-        Request = speech_pb2.SpeechStreamRequest
-
-        async def talk() -> None:
-            form = speech_pb2.AudioFormat(encoding=speech_pb2.AUDIO_ENCODING_FLOAT32, sample_rate_hz=rate)
-            await call.write(Request(open=speech_pb2.SpeechOpen(audio=form)))
-            for start in range(0, len(samples), rate // 10):
-                data = samples[start : start + rate // 10].tobytes()
-                await call.write(Request(audio=speech_pb2.AudioChunk(data=data)))
-                await asyncio.sleep(0.1)
-            await call.write(Request(finish=common_pb2.Finish()))
-            await call.done_writing()
-
-        talking = asyncio.create_task(talk())
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            while (response := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
-                last = response.WhichOneof("message")
-        code = (await call.code()).name
-        talking.cancel()
-        await asyncio.gather(talking, return_exceptions=True)
-    return {"kind": "plain", "given": last, "code": code}
+    kinds, code = await speaks_plainly(address, samples, rate, options=ALIVE)
+    return {"kind": "plain", "given": kinds[-1] if kinds else "", "code": code}
 
 
 Job = Callable[[], Awaitable[dict[str, Any]]]
@@ -108,7 +82,7 @@ async def main(address: str, seconds: float) -> None:
             return watches(client, FRAMES, 16.0)
 
         def plainly() -> Awaitable[dict[str, Any]]:
-            return speaks_plainly(address, samples, rate)
+            return tries_once(address, samples, rate)
 
         people: list[Iterable[Job]] = [
             chain([lambda: says(client, long, rate)], repeat(say)),

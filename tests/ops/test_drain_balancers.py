@@ -13,11 +13,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 import realtide_client as rt
-from realtide_client.v1 import common_pb2, speech_pb2, speech_pb2_grpc
+from tests.ops.plain import speaks_plainly
 from tests.ops.processes import SPEECH, VIDEO, Running, recognized, server, spoken
 from tests.ops.stack import free_port
 from tools.ops_tools import tool
@@ -140,40 +139,6 @@ async def watches(client: rt.Client, seed: int) -> tuple[int, int]:
         return taken, stream.reconnects
 
 
-async def speaks_plainly(address: str, samples: Any, rate: int, leaves: bool) -> tuple[list[str], str]:
-    """A client without the library; `leaves`: it ends its input when it hears `going_away`, else it talks on.
-
-    Gives what it was told, by kind, and its status.
-    """
-    kinds: list[str] = []
-    async with grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-        stub: Any = speech_pb2_grpc.SpeechStub(channel)
-        call = stub.Stream()
-        form = speech_pb2.AudioFormat(encoding=speech_pb2.AUDIO_ENCODING_FLOAT32, sample_rate_hz=rate)
-        opening = speech_pb2.SpeechOpen(audio=form)
-        await call.write(speech_pb2.SpeechStreamRequest(open=opening))
-
-        async def talk() -> None:
-            size = rate // 10
-            for start in range(0, len(samples), size):
-                if leaves and "going_away" in kinds:
-                    break
-                data = samples[start : start + size].tobytes()
-                await call.write(speech_pb2.SpeechStreamRequest(audio=speech_pb2.AudioChunk(data=data)))
-                await asyncio.sleep(0.1)
-            await call.write(speech_pb2.SpeechStreamRequest(finish=common_pb2.Finish()))
-            await call.done_writing()
-
-        talking = asyncio.create_task(talk())
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            while (response := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
-                kinds.append(response.WhichOneof("message"))
-        code = (await call.code()).name
-        talking.cancel()
-        await asyncio.gather(talking, return_exceptions=True)
-    return kinds, code
-
-
 @pytest.mark.parametrize("name", BALANCERS)
 async def test_one_of_two_servers_is_stopped_under_twenty_streams(name: str, tmp_path: Path) -> None:
     samples, rate = spoken(SAID)
@@ -190,7 +155,7 @@ async def test_one_of_two_servers_is_stopped_under_twenty_streams(name: str, tmp
 
         speeches = [asyncio.create_task(says(client, samples, rate)) for _ in range(SPEECHES)]
         plain = [
-            asyncio.create_task(speaks_plainly(address, samples, rate, leaves))
+            asyncio.create_task(speaks_plainly(address, samples, rate, leaves=leaves))
             for leaves in (True, True, False, False)
         ]
         videos = [asyncio.create_task(watches(client, seed)) for seed in range(VIDEOS)]
