@@ -192,6 +192,19 @@ class Bundle:
         return self.directory / path
 
 
+def torch_precision(wanted: str | None) -> Precision:
+    """The precision that PyTorch computes in: bundles' weights serve any, so graphs do not matter.
+
+    Raises:
+        BundleError: it is none of these.
+    """
+    if wanted in (None, "float32"):
+        return "float32"
+    if wanted == "bfloat16":
+        return "bfloat16"
+    raise BundleError(f"precision must be float32 or bfloat16 with PyTorch, not {wanted!r}")
+
+
 def load_manifest(directory: Path | str) -> Manifest:
     """Read and check a bundle's manifest. Raises BundleError."""
     path = Path(directory) / MANIFEST

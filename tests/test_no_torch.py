@@ -51,6 +51,8 @@ NEEDS_TORCH = frozenset(
         "realtide.engines.easycontrol.torch_programs",
         "realtide.engines.longlive.torch_programs",
         "realtide.engines.runtime.device_program",
+        "realtide.engines.runtime.resident_program",
+        "realtide.engines.runtime.torch_memory",
         "realtide.engines.runtime.torch_program",
         # What a machine with a GPU is checked with.
         "realtide.gpu.bench",

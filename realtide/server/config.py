@@ -72,6 +72,7 @@ def _order(value: object) -> object:
     return value
 
 
+Arithmetic = Literal["fp32", "fp16", "bf16", "int8"]
 Order = Annotated[tuple[Runtime, ...], NoDecode, BeforeValidator(_order)]
 
 
@@ -83,7 +84,7 @@ class ModelConfig(BaseModel):
     bundle: Path = Field(description="Directory of the model bundle.")
     slots: int | None = Field(None, ge=1, le=4096, description="Sessions that can be open at once.")
     max_batch: int | None = Field(None, ge=1, le=4096, description="Most sessions that one step advances.")
-    precision: Literal["fp32", "fp16", "int8"] | None = Field(None, description="Arithmetic of the weights.")
+    precision: Arithmetic | None = Field(None, description="Arithmetic of the weights.")
     executors: int | None = Field(
         None, ge=1, le=64, description="Executor threads, each with an engine of its own."
     )
@@ -162,7 +163,7 @@ class ServerConfig(BaseModel):
     max_batch: int | None = Field(
         None, ge=1, le=4096, description="Most sessions a step advances; None: all slots."
     )
-    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="Arithmetic of the weights.")
+    precision: Arithmetic = Field("fp32", description="Arithmetic of the weights.")
     runtimes: Order = Field(
         ("onnxruntime",),
         description="Runtimes in the order in which they are tried: tensorrt, torch-cuda, onnxruntime, "

@@ -24,8 +24,9 @@ BACKENDS: dict[Runtime, tuple[str, str]] = {
 
 _DRIVER = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """One of these is there where NVIDIA's driver is."""
-# Sessions of the others keep state between steps, and their engines keep it in host memory.
-_ON_GPU = ("easycontrol",)
+# Engines that keep the state of their sessions where they compute.
+_ON_GPU = ("easycontrol", "longlive")
+_TORCH_PRECISIONS = {"longlive": ("fp32", "bf16")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,9 @@ def missing(runtime: Runtime, engine: str, precision: str) -> str | None:
         return f"engine {engine} keeps the state of its sessions in host memory"
     if not _installed("torch"):
         return "PyTorch is not installed"
-    if precision != "fp32":
-        return f"engines compute in fp32 with PyTorch, {precision} is asked for"
+    offered = _TORCH_PRECISIONS.get(engine, ("fp32",))
+    if precision not in offered:
+        return f"engine {engine} computes in {' or '.join(offered)} with PyTorch, {precision} is asked for"
     return None if runtime == "torch-cpu" else _no_cuda()
 
 

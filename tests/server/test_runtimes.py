@@ -61,13 +61,15 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing("onnxruntime", "ancat", "fp32") == "onnxruntime is not installed"
     install(monkeypatch, "torch", "tensorrt_rtx")
     assert missing("tensorrt", "ancat", "fp32") == "engines are not served from TensorRT plans yet"
-    for engine in ("ancat", "longlive"):
-        assert missing("torch-cuda", engine, "fp32") == (
-            f"engine {engine} keeps the state of its sessions in host memory"
-        )
+    reason = missing("torch-cuda", "ancat", "fp32")
+    assert reason == "engine ancat keeps the state of its sessions in host memory"
     for runtime in ("torch-cuda", "torch-cpu"):
-        reason = missing(runtime, "easycontrol", "int8")
-        assert reason == "engines compute in fp32 with PyTorch, int8 is asked for"
+        reason = missing(runtime, "ancat" if runtime == "torch-cpu" else "easycontrol", "int8")
+        assert reason
+        assert reason.endswith("computes in fp32 with PyTorch, int8 is asked for")
+        reason = missing(runtime, "longlive", "fp16")
+        assert reason == "engine longlive computes in fp32 or bf16 with PyTorch, fp16 is asked for"
+    assert missing("torch-cpu", "longlive", "bf16") is None
 
 
 @pytest.mark.usefixtures("driver")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from realtide.engines.longlive.programs import HalfPrograms, VideoPrograms
-from realtide.engines.runtime.program import Array
+from realtide.engines.runtime.memory import Values
 
 
 class Holder(Protocol):
@@ -63,15 +63,15 @@ class Cache:
     """
 
     programs: VideoPrograms
-    keys: Mapping[str, Array]
+    keys: Mapping[str, Values]
     decoder: HalfPrograms
-    features: Mapping[str, Array]
+    features: Mapping[str, Values]
     holder: Holder | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state."""
-        return sum(array.nbytes for part in (self.keys, self.features) for array in part.values())
+        return sum(int(values.nbytes) for part in (self.keys, self.features) for values in part.values())
 
 
 class CachePool(Generic[H]):

@@ -17,21 +17,23 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from realtide.engines.engine import StageTimer
 from realtide.engines.longlive.programs import FrameDecoder, HalfPrograms
 from realtide.engines.longlive.timeline import Clock, Timeline
 from realtide.engines.longlive.types import Encode, Frames, Frames8, PromptApplied, VideoEvent
-
-Float32 = NDArray[np.float32]
+from realtide.engines.runtime.memory import HOST, Memory, Values
 
 
 class FrameWorker:
-    """A thread that does one piece of work after another, the most urgent first. Starts with the first."""
+    """A thread that does one piece of work after another, the most urgent first. Starts with the first.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: of the thread.
+        memory: that decoders work in.
+    """
+
+    def __init__(self, name: str, memory: Memory = HOST) -> None:
+        self.memory = memory
         self._queue: queue.PriorityQueue[tuple[float, int, Decoding | None]] = queue.PriorityQueue()
         self._count = itertools.count()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -51,6 +53,7 @@ class FrameWorker:
             self._thread.join()
 
     def _run(self) -> None:
+        self.memory.enter()
         while True:
             _, _, decoding = self._queue.get()
             if decoding is None:
@@ -96,8 +99,8 @@ class Decoding:
         self.sent = sent  # frames encoded; those collected are `collected`
         self.collected = sent
         self._decoder: FrameDecoder | None = None
-        self._prime: deque[Float32] = deque()
-        self._latents: deque[Float32] = deque()
+        self._prime: deque[Values] = deque()
+        self._latents: deque[Values] = deque()
         self._done = timeline.latent(sent)  # latent frames decoded
         self._held: Frames8 | None = None  # decoded, not encoded yet: from frame `sent` on
         self._marks: deque[PromptApplied] = deque()
@@ -133,7 +136,7 @@ class Decoding:
         """Hand out `applied` right before its frame."""
         self._marks.append(applied)
 
-    def put(self, latents: Float32) -> None:
+    def put(self, latents: Values) -> None:
         """Decode latents [n, C, h, w], which follow those put before."""
         self._latents.extend(latents)
         self.schedule()
@@ -145,7 +148,7 @@ class Decoding:
         self._limit = limit
         self.schedule()
 
-    def bind(self, programs: HalfPrograms, before: Float32) -> None:
+    def bind(self, programs: HalfPrograms, before: Values) -> None:
         """Decode with `programs`, after running them over the latents before the first that waits.
 
         Args:
@@ -254,17 +257,18 @@ class Decoding:
     def _decode_one(self) -> None:
         assert self._decoder is not None
         frames = self._decode(self._decoder, self._latents[0])
-        pixels = np.clip(np.rint((frames + 1.0) * 127.5), 0, 255).astype(np.uint8)
+        pixels = self._worker.memory.pixels(frames)
         # A session that was resumed in the middle of a latent frame has handed out some of its frames.
         skipped = self.sent - self._timeline.first(self._done)
-        self._held = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))[skipped:]
+        self._held = pixels[skipped:]
         self._done += 1
         self._latents.popleft()
         self._wake()  # there may be room for another block
 
-    def _decode(self, decoder: FrameDecoder, latents: Float32) -> Float32:
+    def _decode(self, decoder: FrameDecoder, latents: Values) -> Values:
         begun = time.perf_counter()
         frames = decoder.decode(latents)
+        self._worker.memory.wait()
         self._on_stage("vae", time.perf_counter() - begun, 1)
         return frames
 

@@ -2,20 +2,20 @@
 
 A step makes one pass over one session's block, so that sessions get their turns between any two passes.
 Latents of finished blocks are decoded and encoded by the worker thread while the next block is denoised.
-Needs no PyTorch: programs come from ONNX graphs; `torch_programs` gives the same engine over the PyTorch
-modules.
+Needs no PyTorch where programs come from ONNX graphs; `backends` has the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from realtide.bundle import Bundle, BundleError, Precision, load_bundle
+from realtide.bundle import Bundle, BundleError, load_bundle, torch_precision
 from realtide.engines.engine import Session, StageTimer
+from realtide.engines.longlive import backends
 from realtide.engines.longlive.caches import Cache, CachePool
 from realtide.engines.longlive.config import (
     StreamConfig,
@@ -23,18 +23,14 @@ from realtide.engines.longlive.config import (
     TransformerConfig,
     VaeConfig,
     VideoConfig,
-    cache_shapes,
-    decoder_shapes,
     session_bytes,
 )
 from realtide.engines.longlive.decoding import FrameWorker
-from realtide.engines.longlive.layout import DECODE, PASSES, TEXT, TEXT_GRAPH, TRANSFORMER, VAE
-from realtide.engines.longlive.programs import HalfPrograms, VideoPrograms
 from realtide.engines.longlive.session import Parts, VideoSession, unpack
 from realtide.engines.longlive.timeline import Timeline
 from realtide.engines.longlive.tokenizer import PromptTokenizer
 from realtide.engines.longlive.types import VideoEvent, VideoModelInfo, VideoOptions
-from realtide.engines.runtime.program import Array, Program
+from realtide.engines.runtime.memory import HOST, Memory
 from realtide.engines.runtime.slots import SlotPool
 from realtide.engines.runtime.weights import WeightFile
 
@@ -53,6 +49,7 @@ class LongLiveEngine:
         embed: a prompt to text embeddings [n, text_dim].
         caches: for at least one session.
         slots: sessions that can be open at once; those that find no cache park another.
+        memory: where the caches are.
     """
 
     def __init__(
@@ -64,13 +61,14 @@ class LongLiveEngine:
         embed: Callable[[str], Float32],
         caches: Sequence[Cache],
         slots: int,
+        memory: Memory = HOST,
     ) -> None:
         self._model = name
         self._info = info
         self._pool = SlotPool(slots)
         self._wake: Callable[[Session], None] = lambda session: None
         self._on_stage: StageTimer = lambda stage, seconds, batch: None
-        worker = FrameWorker(f"frames-{name}")
+        worker = FrameWorker(f"frames-{name}", memory)
         timeline = Timeline(vae.temporal_scale)
         self._parts = Parts(config, vae, embed, CachePool(caches), worker, self, timeline)
 
@@ -191,6 +189,7 @@ def load(
     threads: int = 1,
     step_latency: float = 0.0,
     backend: str = "onnxruntime",
+    device: str = "cpu",
     resident: int | None = None,
 ) -> LongLiveEngine:
     """Load a bundle into an engine.
@@ -199,17 +198,20 @@ def load(
         bundle: the bundle or its directory.
         slots: sessions that can be open at once.
         max_batch: not used: a step is one session's.
-        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``; None: the bundle's default.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``; None: the bundle's default. PyTorch computes in
+            ``fp32`` and ``bf16``, whatever graphs the bundle has.
         threads: threads of one program.
         step_latency: not used: frames are due when they are played.
         backend: ``onnxruntime``, or ``torch`` where PyTorch is installed.
+        device: of the backend ``torch``: ``cpu``, or ``cuda:0``.
         resident: sessions whose caches are in memory, at most `slots`; None: all.
 
     Raises:
         BundleError, ProgramError: the bundle is not usable; the message names the file or the field.
     """
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    wanted = loaded.precision(None if precision is None else PRECISIONS.get(precision, precision))
+    long = None if precision is None else PRECISIONS.get(precision, precision)
+    wanted = torch_precision(long) if backend == "torch" else loaded.precision(long)
     architecture, limits = loaded.manifest.architecture, loaded.manifest.limits
     try:
         config = VideoConfig(
@@ -229,15 +231,17 @@ def load(
         tokenizer = PromptTokenizer(loaded.asset("tokenizer"), config.transformer.text_tokens)
     except (OSError, ValueError) as error:
         raise BundleError(f"{loaded.directory}: assets.tokenizer: {error}") from None
-    weights = WeightFile(loaded.weights)
-    make = _torch if backend == "torch" else _onnx
+    model = backends.Model(loaded, wanted, config, vae, text, WeightFile(loaded.weights))
     count = min(resident or slots, slots)
-    run_text, caches = make(loaded, wanted, config, vae, text, weights, count, threads)
+    if backend == "torch":
+        made = backends.torch(model, count, threads, device)
+    else:
+        made = backends.onnx(model, count, threads)
+    memory = made.memory
 
     def embed(prompt: str) -> Float32:
         ids = np.array(tokenizer.encode(prompt), np.int64)
-        embeds: Float32 = run_text.run({"ids": ids})["embeds"]
-        return embeds
+        return memory.get(made.text.run({"ids": ids})["embeds"])
 
     timeline, block = Timeline(vae.temporal_scale), config.stream.block
     size = (config.stream.width * vae.spatial_scale, config.stream.height * vae.spatial_scale)
@@ -245,7 +249,7 @@ def load(
         version=loaded.manifest.version,
         backend=backend,
         precision={long: short for short, long in PRECISIONS.items()}[wanted],
-        device="cpu",
+        device=memory.device,
         license=loaded.manifest.licence,
         sizes=(size,),
         frames_per_second=rate,
@@ -256,76 +260,4 @@ def load(
         count_tokens=tokenizer.count,
         session_bytes=session_bytes(config, vae),
     )
-    return LongLiveEngine(loaded.manifest.name, info, config, vae, embed, caches, slots)
-
-
-def _state(config: VideoConfig, vae: VaeConfig) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Key/value cache and feature caches of one session. Zeros commit no memory until they are written."""
-    stream = config.stream
-    keys: dict[str, Array] = {
-        name: np.zeros((rows, *shape), np.float32) for name, (rows, shape) in cache_shapes(config).items()
-    }
-    shapes = decoder_shapes(vae, stream.height, stream.width)
-    return keys, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-
-
-def _onnx(
-    bundle: Bundle,
-    precision: Precision,
-    config: VideoConfig,
-    vae: VaeConfig,
-    text: TextConfig,
-    weights: Mapping[str, Array],
-    count: int,
-    threads: int,
-) -> tuple[Program, list[Cache]]:
-    from realtide.engines.longlive import onnx_programs
-    from realtide.engines.runtime.ort import OrtOptions
-
-    options = OrtOptions(intra_op_num_threads=threads)
-
-    def graph(name: str) -> Path:
-        return bundle.graph(name, precision)
-
-    keys, features = _state(config, vae)
-    passes = onnx_programs.video_programs(PASSES.map(graph), weights, keys, options)
-    halves = onnx_programs.half_programs(DECODE.map(graph), weights, features, options)
-    caches = [Cache(passes, keys, halves, features)]
-    for _ in range(count - 1):
-        keys, features = _state(config, vae)
-        over = onnx_programs.video_over(passes, keys), onnx_programs.half_over(halves, features)
-        caches.append(Cache(over[0], keys, over[1], features))
-    return onnx_programs.text_program(graph(TEXT_GRAPH), weights, options), caches
-
-
-def _torch(
-    bundle: Bundle,
-    precision: Precision,
-    config: VideoConfig,
-    vae: VaeConfig,
-    text: TextConfig,
-    weights: Mapping[str, Array],
-    count: int,
-    threads: int,
-) -> tuple[Program, list[Cache]]:
-    import torch
-
-    from realtide.engines.longlive import torch_programs
-
-    torch.set_num_threads(threads)
-
-    def part(prefix: str) -> dict[str, Array]:
-        return {name.removeprefix(prefix): weights[name] for name in weights if name.startswith(prefix)}
-
-    model = torch_programs.transformer(config.transformer, part(TRANSFORMER))
-    model.fuse()
-    decoder = torch_programs.vae(vae, part(VAE))
-    encoder = torch_programs.text_encoder(text, part(TEXT))
-    caches = []
-    for _ in range(count):
-        keys, features = _state(config, vae)
-        programs: VideoPrograms = torch_programs.video_programs(model, config, keys)
-        stream = config.stream
-        half: HalfPrograms = torch_programs.decoder_programs(decoder, features, stream.height, stream.width)
-        caches.append(Cache(programs, keys, half, features))
-    return torch_programs.text_program(encoder), caches
+    return LongLiveEngine(loaded.manifest.name, info, config, vae, embed, made.caches, slots, memory)

@@ -3,7 +3,7 @@
 `VideoStream` owns what a session has to remember besides its cache: how far it is, the clean latents of the
 window and of the sink, and the prompts in force. From these the cache can be rebuilt, so a stream can be
 parked in megabytes. It advances by single passes, so that whoever drives several streams can turn from one to
-another between any two of them. It knows programs by their interface only. Numpy only.
+another between any two of them. It knows programs and memory by their interfaces only. Numpy only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from realtide.engines.longlive import noise as philox
 from realtide.engines.longlive import rotary, schedule, window
 from realtide.engines.longlive.config import VideoConfig, cache_shapes, cross_shapes
 from realtide.engines.longlive.programs import VideoPrograms
-from realtide.engines.runtime.program import Array, Program
+from realtide.engines.runtime.memory import HOST, Memory, Values
+from realtide.engines.runtime.program import Runs
 
 Float32 = NDArray[np.float32]
 Noise = Callable[[int, int, int], Float32]
@@ -35,9 +36,9 @@ FORMAT = 1
 class _Block:
     """A block under way: latents [block, C, height, width], the passes made, and what they are fed."""
 
-    latents: Float32
+    latents: Values
     passes: int
-    feeds: dict[str, Array]
+    feeds: dict[str, Values]
 
 
 class VideoStream:
@@ -49,6 +50,8 @@ class VideoStream:
         cache: see `config.cache_shapes`; its contents do not matter.
         seed: of the noise, 0 to 2**64 - 1.
         noise: another source of noise, for comparisons.
+        memory: where the cache and the programs' tensors are. Each pass is waited for, so that a stream
+            that takes turns with others takes no more than its own.
 
     Raises:
         ValueError: the seed is out of range.
@@ -58,9 +61,10 @@ class VideoStream:
         self,
         config: VideoConfig,
         programs: VideoPrograms,
-        cache: Mapping[str, Array],
+        cache: Mapping[str, Values],
         seed: int = 0,
         noise: Noise | None = None,
+        memory: Memory = HOST,
     ) -> None:
         philox.check_seed(seed)
         self._config = config
@@ -69,14 +73,15 @@ class VideoStream:
         self._seed = seed
         self._noise = noise or partial(_seeded, seed, config.latent_shape)
         self._timesteps = schedule.warped(config.stream.steps, config.stream.shift)
-        self._space = rotary.space_table(config)
+        self._memory = memory
+        self._space = memory.put(rotary.space_table(config))
         self._frames = 0
-        self._recent = np.zeros((0, *config.latent_shape), np.float32)  # the last `window` frames
+        self._recent = memory.put(np.zeros((0, *config.latent_shape), np.float32))  # the last `window` frames
         self._sink = self._recent[:0]
         self._sink_first = 0  # index of the sink's first frame in the video
         self._prompt: Float32 | None = None  # embeddings [text tokens, text_dim], zero padded
         self._sink_prompt: Float32 | None = None
-        self._cross: dict[str, Array] = {}  # keys and values of the prompt in force; none while parked
+        self._cross: dict[str, Values] = {}  # keys and values of the prompt in force; none while parked
         self._block: _Block | None = None
         self._parked = False
 
@@ -101,7 +106,7 @@ class VideoStream:
         return len(self._timesteps) + 1
 
     @property
-    def recent(self) -> Float32:
+    def recent(self) -> Values:
         """The latest clean latents, at most `window` of them, oldest first: [n, C, height, width]."""
         return self._recent
 
@@ -126,7 +131,7 @@ class VideoStream:
         self._cross = self._crossed(self._prompt)
         return self._recache() if self._frames else 0
 
-    def block(self, on_flow: Callable[[Float32], None] | None = None) -> Float32:
+    def block(self, on_flow: Callable[[Values], None] | None = None) -> Values:
         """Generate the next block and take it into the cache; see `advance`.
 
         Returns:
@@ -137,11 +142,11 @@ class VideoStream:
             if latents is not None:
                 return latents
 
-    def advance(self, on_flow: Callable[[Float32], None] | None = None) -> Float32 | None:
+    def advance(self, on_flow: Callable[[Values], None] | None = None) -> Values | None:
         """Make the next pass of the block under way, or the first one of the next block.
 
         Args:
-            on_flow: is given a denoising pass's prediction.
+            on_flow: is given a denoising pass's prediction, which the next pass may overwrite.
 
         Returns:
             After the last pass, the clean one, the block's latents [block, C, height, width]; else None.
@@ -160,11 +165,13 @@ class VideoStream:
         flow = self._programs.denoise.run(feeds)["flow"]
         if on_flow is not None:
             on_flow(flow)
-        latents = schedule.clean(block.latents, flow, timestep)
+        latents = schedule.clean(block.latents, flow, timestep, self._memory)
         block.passes += 1
         if block.passes < len(self._timesteps):
-            fresh = self._noise(self._frames, len(latents), block.passes)
-            latents = schedule.noised(latents, fresh, self._timesteps[block.passes])
+            # Made while a device computes the flow.
+            fresh = self._memory.put(self._noise(self._frames, len(latents), block.passes))
+            latents = schedule.noised(latents, fresh, self._timesteps[block.passes], self._memory)
+        self._memory.wait()
         block.latents = latents
         self._block = block
         return None
@@ -175,7 +182,9 @@ class VideoStream:
         self._block = None
         self._cross = {}
 
-    def rebuild(self, programs: VideoPrograms | None = None, cache: Mapping[str, Array] | None = None) -> int:
+    def rebuild(
+        self, programs: VideoPrograms | None = None, cache: Mapping[str, Values] | None = None
+    ) -> int:
         """Make the cache anew from the latents; afterwards the stream goes on.
 
         While the window has not moved, this is the recache of all frames under the prompt in force. Later
@@ -221,13 +230,14 @@ class VideoStream:
         """
         from safetensors.numpy import save
 
-        tensors = {"recent": self._recent, "sink": self._sink}
+        get = self._memory.get
+        tensors = {"recent": get(self._recent), "sink": get(self._sink)}
         for name, text in (("prompt", self._prompt), ("sink_prompt", self._sink_prompt)):
             if text is not None:
                 tensors[name] = _unpadded(text)
         kept = cache and not self._parked
         if kept:
-            tensors |= {f"cache.{name}": array for name, array in self._cache.items()}
+            tensors |= {f"cache.{name}": get(values) for name, values in self._cache.items()}
         plain = {
             "format": FORMAT,
             "seed": self._seed,
@@ -242,9 +252,10 @@ class VideoStream:
         cls,
         config: VideoConfig,
         programs: VideoPrograms,
-        cache: Mapping[str, Array],
+        cache: Mapping[str, Values],
         checkpoint: bytes,
         noise: Noise | None = None,
+        memory: Memory = HOST,
     ) -> VideoStream:
         """Continue an exported stream; parked if the checkpoint has no cache.
 
@@ -257,11 +268,11 @@ class VideoStream:
                 raise CheckpointMismatch(
                     f"checkpoint has video format {plain['format']}, this program reads {FORMAT}"
                 )
-            stream = cls(config, programs, cache, int(plain["seed"]), noise)
+            stream = cls(config, programs, cache, int(plain["seed"]), noise, memory)
             stream._frames, stream._sink_first = int(plain["frames"]), int(plain["sink_first"])
             held = min(stream._frames, config.stream.window), min(stream._frames, config.stream.sink)
-            stream._recent = _shaped(tensors, "recent", (held[0], *config.latent_shape))
-            stream._sink = _shaped(tensors, "sink", (held[1], *config.latent_shape))
+            stream._recent = memory.put(_shaped(tensors, "recent", (held[0], *config.latent_shape)))
+            stream._sink = memory.put(_shaped(tensors, "sink", (held[1], *config.latent_shape)))
             kept = {
                 name: _shaped(tensors, f"cache.{name}", (rows, *shape))
                 for name, (rows, shape) in cache_shapes(config).items()
@@ -274,7 +285,7 @@ class VideoStream:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointMismatch(f"checkpoint is damaged: {error!r}") from None
         for name, array in kept.items():
-            cache[name][...] = array
+            memory.fill(cache[name], array)
         stream._parked = not kept
         if kept and stream._prompt is not None:
             stream._cross = stream._crossed(stream._prompt)
@@ -291,7 +302,7 @@ class VideoStream:
         padded[: len(text)] = text
         return padded
 
-    def _crossed(self, text: Float32) -> dict[str, Array]:
+    def _crossed(self, text: Float32) -> dict[str, Values]:
         """Keys and values of padded embeddings, by the names of `config.cross_shapes`."""
         made = self._programs.prompt.run({"text": text})
         return {name: made[name] for name in cross_shapes(self._config)}
@@ -304,7 +315,7 @@ class VideoStream:
         first, count = self._frames, self._config.stream.block
         places = window.places(self._config.stream, first, count)
         feeds = self._feeds(first, places, first + count, self._cross)
-        return _Block(self._noise(first, count, 0), 0, feeds)
+        return _Block(self._memory.put(self._noise(first, count, 0)), 0, feeds)
 
     def _recache(self) -> int:
         """Replay what `window.recache` says under the prompt in force."""
@@ -314,31 +325,32 @@ class VideoStream:
         feeds = self._feeds(replay.first, replay.places, self._frames, self._cross)
         self._remember(self._programs.recache, latents, feeds)
         if stream.sink and replay.places[0] == 0:  # the sink was computed anew
-            self._sink, self._sink_first = latents[: stream.sink].copy(), replay.first
+            self._sink, self._sink_first = latents[: stream.sink], replay.first
             self._sink_prompt = self._prompt
         return replay.frames
 
-    def _remember(self, program: Program, latents: Float32, feeds: Mapping[str, Array]) -> None:
+    def _remember(self, program: Runs, latents: Values, feeds: Mapping[str, Values]) -> None:
         program.run(self._at(feeds, latents, self._config.stream.context_noise))
+        self._memory.wait()
 
-    def _keep(self, latents: Float32) -> None:
-        stream = self._config.stream
+    def _keep(self, latents: Values) -> None:
+        stream, join = self._config.stream, self._memory.join
         missing = stream.sink - self._frames
         if missing > 0:
-            self._sink = np.concatenate([self._sink, latents[:missing]])
+            self._sink = join([self._sink, latents[:missing]])
             self._sink_prompt = self._prompt
-        self._recent = np.concatenate([self._recent, latents])[-stream.window :]
+        self._recent = join([self._recent, latents])[-stream.window :]
         self._frames += len(latents)
 
     def _feeds(
-        self, first: int, places: window.Ints, end: int, cross: Mapping[str, Array]
-    ) -> dict[str, Array]:
+        self, first: int, places: window.Ints, end: int, cross: Mapping[str, Values]
+    ) -> dict[str, Values]:
         """What passes over frames first, first+1, ... are fed besides the latents and their timestep.
 
         The frames lie in `places`; `end` frames are known once they do.
         """
         config = self._config
-        feeds: dict[str, Array] = {
+        feeds: dict[str, Values] = {
             "space": self._space,
             "places": places,
             "seen": window.seen(config.stream, end),
@@ -352,7 +364,7 @@ class VideoStream:
             feeds["time"] = rotary.time_table(config, np.arange(first, first + len(places)))
         return feeds
 
-    def _at(self, feeds: Mapping[str, Array], latents: Float32, timestep: float) -> dict[str, Array]:
+    def _at(self, feeds: Mapping[str, Values], latents: Values, timestep: float) -> dict[str, Values]:
         width = self._config.transformer.freq_dim
         sinusoids = schedule.sinusoid(np.full(len(latents), timestep), width)
         return {**feeds, "latents": latents, "sinusoids": sinusoids}

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from realtide.engines.longlive.config import VaeConfig, VideoConfig, cross_shapes
-from realtide.engines.runtime.program import Array, Program, TensorSpec
+from realtide.engines.runtime.memory import Values
+from realtide.engines.runtime.program import Runs, TensorSpec
 
 FLOAT, INT, BOOL = np.dtype(np.float32), np.dtype(np.int64), np.dtype(np.bool_)
 Float32 = NDArray[np.float32]
@@ -51,8 +52,8 @@ class Stages(Generic[T]):
         return Stages(make(self.first), make(self.later))
 
 
-VideoPrograms = Passes[Program]
-HalfPrograms = Stages[Program]
+VideoPrograms = Passes[Runs]
+HalfPrograms = Stages[Runs]
 
 
 def pass_inputs(config: VideoConfig, frames: int | str) -> tuple[TensorSpec, ...]:
@@ -84,9 +85,9 @@ class FrameDecoder:
         self._programs = programs
         self.done = done
 
-    def decode(self, latents: Float32) -> Float32:
+    def decode(self, latents: Values) -> Values:
         """The next latent frame [latent, h, w] -> its frames [n, 3, scale * h, scale * w], not clamped."""
-        frames: Float32 = _stage(self._programs, {"latents": latents[None]}, self.done)["frames"]
+        frames = _stage(self._programs, {"latents": latents[None]}, self.done)["frames"]
         self.done += 1
         return frames
 
@@ -98,14 +99,14 @@ class FrameEncoder:
         self._programs = programs
         self.done = done
 
-    def encode(self, frames: Float32) -> Float32:
+    def encode(self, frames: Values) -> Values:
         """The first frame, or the next `temporal_scale` ones, [n, 3, h, w] -> a latent frame."""
-        latents: Float32 = _stage(self._programs, {"frames": frames}, self.done)["latents"][0]
+        latents = _stage(self._programs, {"frames": frames}, self.done)["latents"][0]
         self.done += 1
         return latents
 
 
-def _stage(programs: HalfPrograms, feeds: dict[str, Array], done: int) -> Mapping[str, Array]:
+def _stage(programs: HalfPrograms, feeds: dict[str, Values], done: int) -> Mapping[str, Values]:
     program = programs.later if done else programs.first
     return program.run(feeds | {"row": np.array([(done + 1) % 2])})
 

@@ -26,10 +26,11 @@ from realtide.engines.longlive.config import (
     encoder_shapes,
 )
 from realtide.engines.longlive.generation import VideoStream
-from realtide.engines.longlive.programs import FrameDecoder, FrameEncoder
+from realtide.engines.longlive.programs import FrameDecoder, FrameEncoder, HalfPrograms, VideoPrograms
 from realtide.engines.longlive.schedule import warped
 from realtide.engines.runtime.golden import Backend, CaseError, Report, difference, read_case, weights_beside
-from realtide.engines.runtime.program import Array
+from realtide.engines.runtime.memory import HOST, Memory, Values
+from realtide.engines.runtime.program import Array, Runs
 
 
 def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Report:
@@ -73,18 +74,19 @@ def _video(
     config = _video_config(case)
     from realtide.engines.longlive import torch_programs
     from realtide.engines.longlive.transformer import WanTransformer
-    from realtide.engines.runtime import torch_program
 
     weights = weights_beside(path, WanTransformer(config.transformer).state_dict())
-    cache = _zeros({name: (rows, *shape) for name, (rows, shape) in cache_shapes(config).items()})
-    model = torch_programs.transformer(config.transformer, weights).to(device)
-    held = torch_program.on_device(cache, device)
-    programs = torch_programs.video_programs(model, config, held)
+    model = torch_programs.transformer(config.transformer, weights)
+    memory = _memory(backend, device)
+    cache = _zeros({name: (rows, *shape) for name, (rows, shape) in cache_shapes(config).items()}, memory)
     if backend == "onnxruntime":
         from realtide.engines.longlive import export, onnx_programs
 
         graphs = export.export_video(model, config, directory)
-        programs = onnx_programs.video_programs(graphs, weights, cache)
+        programs: VideoPrograms = onnx_programs.video_programs(graphs, weights, cache)
+    else:
+        model.fuse()
+        programs = torch_programs.video_programs(model.to(device), config, cache, record=device != "cpu")
     block = config.stream.block
 
     def noise(first: int, count: int, step: int) -> NDArray[np.float32]:
@@ -93,14 +95,15 @@ def _video(
         fresh: NDArray[np.float32] = tensors["renoise"][first // block, step - 1, 0]
         return fresh
 
-    stream = VideoStream(config, programs, cache, noise=noise)
+    stream = VideoStream(config, programs, cache, noise=noise, memory=memory)
     switches = [0, *case["switch_frames"]]
-    flows: list[NDArray[np.float32]] = []
+    flows: list[Array] = []
     blocks = []
     while stream.frames < case["num_frames"]:
         if stream.frames in switches:
             stream.set_prompt(tensors["prompt_embeds"][switches.index(stream.frames)])
-        blocks.append(stream.block(flows.append))
+        block_latents = stream.block(lambda flow: flows.append(memory.get(flow)))
+        blocks.append(memory.get(block_latents))
     ordered = window.order(config.stream, stream.frames)
     found: dict[str, Array] = {
         "denoising_timesteps": warped(config.stream.steps, config.stream.shift).astype(np.float32),
@@ -110,7 +113,7 @@ def _video(
     for layer in range(config.transformer.layers):
         for kind in ("key", "value"):
             name = f"{kind}_{layer}"
-            found[f"kv.{layer}.{kind[0]}"] = _in_order(torch_program.on_host(held[name]), config, ordered)
+            found[f"kv.{layer}.{kind[0]}"] = _in_order(memory.get(cache[name]), config, ordered)
     return found
 
 
@@ -175,37 +178,43 @@ def _vae(
     )
     from realtide.engines.longlive import torch_programs
     from realtide.engines.longlive.vae import WanVae
-    from realtide.engines.runtime.torch_program import on_device
 
     shapes = WanVae(config).state_dict()
     half = ("decoder.", "conv2.") if "pixels" not in tensors else ""
     weights = weights_beside(path, {name: value for name, value in shapes.items() if name.startswith(half)})
-    absent = _zeros({name: tuple(value.shape) for name, value in shapes.items() if name not in weights})
-    model = torch_programs.vae(config, weights | absent).to(device)
-    found: dict[str, Array] = {}
-    latents = np.ascontiguousarray(tensors["latents"][0].swapaxes(0, 1))  # B C T H W -> T C H W
-    height, width = latents.shape[2:]
-    caches = _zeros(decoder_shapes(config, height, width))
-    programs = torch_programs.decoder_programs(model, on_device(caches, device), height, width)
-    if backend == "onnxruntime":
-        from realtide.engines.longlive import export, onnx_programs
+    absent = _zeros({name: tuple(value.shape) for name, value in shapes.items() if name not in weights}, HOST)
+    model = torch_programs.vae(config, weights | absent)
+    memory = _memory(backend, device)
+    if backend != "onnxruntime":
+        model.to(device)
 
-        graphs = export.export_decoder(model, height, width, directory)
-        programs = onnx_programs.half_programs(graphs, weights, caches)
-    decoder = FrameDecoder(programs)
-    frames = np.concatenate([decoder.decode(latent) for latent in latents])
-    found["decoded_unclamped"] = frames.swapaxes(0, 1)[None]
+    def decoder(height: int, width: int) -> HalfPrograms:
+        caches = _zeros(decoder_shapes(config, height, width), memory)
+        if backend == "onnxruntime":
+            from realtide.engines.longlive import export, onnx_programs
+
+            graphs = export.export_decoder(model, height, width, directory)
+            return onnx_programs.half_programs(graphs, weights, caches)
+        return torch_programs.decoder_programs(model, caches, height, width, record=device != "cpu")
+
+    def encoder(height: int, width: int) -> HalfPrograms:
+        caches = _zeros(encoder_shapes(config, height, width), memory)
+        if backend == "onnxruntime":
+            from realtide.engines.longlive import export, onnx_programs
+
+            graphs = export.export_encoder(model, height, width, directory)
+            return onnx_programs.half_programs(graphs, weights, caches)
+        return torch_programs.encoder_programs(model, caches, height, width)
+
+    latents = np.ascontiguousarray(tensors["latents"][0].swapaxes(0, 1))  # B C T H W -> T C H W
+    decoding = FrameDecoder(decoder(*latents.shape[2:]))
+    frames = np.concatenate([memory.get(decoding.decode(memory.put(latent))) for latent in latents])
+    found: dict[str, Array] = {"decoded_unclamped": frames.swapaxes(0, 1)[None]}
     if not half:
         pixels = np.ascontiguousarray(tensors["pixels"][0].swapaxes(0, 1))
-        height, width = pixels.shape[2:]
-        caches = _zeros(encoder_shapes(config, height, width))
-        programs = torch_programs.encoder_programs(model, on_device(caches, device), height, width)
-        if backend == "onnxruntime":
-            graphs = export.export_encoder(model, height, width, directory)
-            programs = onnx_programs.half_programs(graphs, weights, caches)
-        encoder = FrameEncoder(programs)
+        encoding = FrameEncoder(encoder(*pixels.shape[2:]))
         chunks = np.split(pixels, range(1, len(pixels), config.temporal_scale))
-        encoded = np.stack([encoder.encode(chunk) for chunk in chunks])
+        encoded = np.stack([memory.get(encoding.encode(memory.put(chunk))) for chunk in chunks])
         found["encoded_mean"] = encoded.swapaxes(0, 1)[None]
     return found
 
@@ -233,18 +242,29 @@ def _text(
     from realtide.engines.longlive.text import TextEncoder
 
     weights = weights_beside(path, TextEncoder(config).state_dict())
-    model = torch_programs.text_encoder(config, weights).to(device)
-    program = torch_programs.text_program(model)
+    model = torch_programs.text_encoder(config, weights)
+    memory = _memory(backend, device)
     if backend == "onnxruntime":
         from realtide.engines.longlive import export, onnx_programs
 
-        program = onnx_programs.text_program(export.export_text(model, directory / "text.onnx"), weights)
+        graph = export.export_text(model, directory / "text.onnx")
+        program: Runs = onnx_programs.text_program(graph, weights)
+    else:
+        program = torch_programs.text_program(model.to(device))
     embeds = np.zeros((*tensors["ids"].shape, config.dim), np.float32)
     for row, (ids, mask) in enumerate(zip(tensors["ids"], tensors["mask"], strict=True)):
         count = int(mask.sum())
-        embeds[row, :count] = program.run({"ids": ids[:count]})["embeds"]
+        embeds[row, :count] = memory.get(program.run({"ids": ids[:count]})["embeds"])
     return {"embeds_padding_zeroed": embeds}
 
 
-def _zeros(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
-    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+def _memory(backend: Backend, device: str) -> Memory:
+    if backend == "onnxruntime":
+        return HOST
+    from realtide.engines.runtime.torch_memory import TorchMemory
+
+    return TorchMemory(device)
+
+
+def _zeros(shapes: Mapping[str, tuple[int, ...]], memory: Memory) -> dict[str, Values]:
+    return {name: memory.put(np.zeros(shape, np.float32)) for name, shape in shapes.items()}

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from realtide.engines.runtime.memory import HOST, Memory, Values
+
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
@@ -31,16 +33,15 @@ def warped(steps: Sequence[int], shift: float) -> Float64:
     return timesteps[TABLE - np.asarray(steps, np.int64)]
 
 
-def clean(noisy: Float32, flow: Float32, timestep: float) -> Float32:
-    """The clean latents that a prediction amounts to; arrays of one shape."""
-    sigma = timestep / TABLE
-    return (noisy.astype(np.float64) - sigma * flow).astype(np.float32)
+def clean(noisy: Values, flow: Values, timestep: float, memory: Memory = HOST) -> Values:
+    """The clean latents that a prediction amounts to; values of one shape."""
+    return memory.mix(1.0, noisy, -timestep / TABLE, flow)
 
 
-def noised(latents: Float32, noise: Float32, timestep: float) -> Float32:
-    """Clean latents brought to a timestep's noise level; arrays of one shape."""
+def noised(latents: Values, noise: Values, timestep: float, memory: Memory = HOST) -> Values:
+    """Clean latents brought to a timestep's noise level; values of one shape."""
     sigma = timestep / TABLE
-    return ((1 - sigma) * latents.astype(np.float64) + sigma * noise).astype(np.float32)
+    return memory.mix(1 - sigma, latents, sigma, noise)
 
 
 def sinusoid(timesteps: Sequence[float] | NDArray[Any], width: int) -> Float32:

@@ -37,6 +37,7 @@ from realtide.engines.longlive.types import (
     VideoInput,
     VideoOptions,
 )
+from realtide.engines.runtime.memory import Memory
 from realtide.engines.runtime.program import Array
 from realtide.engines.runtime.slots import SlotLease
 
@@ -67,6 +68,11 @@ class Parts:
     worker: FrameWorker
     notify: Notify
     timeline: Timeline
+
+    @property
+    def memory(self) -> Memory:
+        """Where caches and latents are."""
+        return self.worker.memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,9 @@ class VideoSession:
         )
         if state is None:
             any_cache = parts.caches.first
-            self._stream = VideoStream(parts.config, any_cache.programs, any_cache.keys, options.seed)
+            self._stream = VideoStream(
+                parts.config, any_cache.programs, any_cache.keys, options.seed, memory=parts.memory
+            )
             self._stream.park()
         else:
             self._stream = self._resume(state)
@@ -346,7 +354,8 @@ class VideoSession:
             ran, held = self._decoding.taken()
             if ran or not self._stream.frames:
                 plain["ran"] = ran
-                tensors = dict(self._cache.features)
+                get = self._parts.memory.get
+                tensors = {name: get(values) for name, values in self._cache.features.items()}
                 tensors["held"] = _no_frames() if held is None else held
         tensors["stream"] = np.frombuffer(self._stream.export(cache=bool(tensors)), np.uint8)
         return save_tensors(tensors, {"session": json.dumps(plain)})
@@ -369,14 +378,16 @@ class VideoSession:
             self._pending = [SetPrompt(**prompt) for prompt in plain["pending"]]
             self._paused = bool(plain["paused"])
             held = _no_frames() if ran is None else state.tensors["held"].astype(np.uint8, casting="no")
-            for name, array in parts.caches.first.features.items():
-                if ran is not None and state.tensors[name].shape != array.shape:
-                    raise ValueError(f"{name} is {list(state.tensors[name].shape)}, not {list(array.shape)}")
+            for name, own in parts.caches.first.features.items():
+                if ran is not None and state.tensors[name].shape != tuple(own.shape):
+                    raise ValueError(f"{name} is {list(state.tensors[name].shape)}, not {list(own.shape)}")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointMismatch(f"checkpoint is damaged: {error!r}") from None
         cache = parts.caches.first if ran is None else parts.caches.take(self)
         try:
-            stream = VideoStream.resume(parts.config, cache.programs, cache.keys, state.stream)
+            stream = VideoStream.resume(
+                parts.config, cache.programs, cache.keys, state.stream, memory=parts.memory
+            )
             waiting = stream.frames - parts.timeline.latent(decoding.sent) - bool(len(held))
             if not 0 <= waiting <= len(stream.recent):
                 raise CheckpointMismatch(f"checkpoint is damaged: {waiting} latent frames to decode")
@@ -384,8 +395,9 @@ class VideoSession:
             parts.caches.give_back(self)
             raise
         if ran is not None:
-            for name, array in cache.features.items():
-                array[...] = state.tensors[name]
+            for name, own in cache.features.items():
+                parts.memory.fill(own, state.tensors[name])
+            parts.memory.wait()  # the worker's thread goes on with them
             self._cache = cache
             decoding.adopt(cache.decoder, int(ran), held)
         for mark in marks:

@@ -1,14 +1,18 @@
 """LongLive's programs over the PyTorch modules themselves, instead of their ONNX graphs (ours).
 
-For golden comparisons and for machines where PyTorch is what runs fast. Serving on a CPU never imports this
-module.
+What serves from a GPU where there is no TensorRT, and what golden cases are replayed with; the processor runs
+the same code. Caches, latents and frames stay on the device. Serving from graphs never imports this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from realtide.engines.longlive.config import (
     TextConfig,
@@ -20,21 +24,18 @@ from realtide.engines.longlive.config import (
     decoder_shapes,
     encoder_shapes,
 )
-from realtide.engines.longlive.programs import (
-    FLOAT,
-    INT,
-    ROW,
-    HalfPrograms,
-    VideoPrograms,
-    decode_specs,
-    pass_inputs,
-)
+from realtide.engines.longlive.programs import INT, HalfPrograms, VideoPrograms, pass_inputs
 from realtide.engines.longlive.steps import Denoise, Prompt, Remember
 from realtide.engines.longlive.text import EncodeText, TextEncoder
 from realtide.engines.longlive.transformer import WanTransformer
 from realtide.engines.longlive.vae import DecodeFirst, DecodeNext, EncodeFirst, EncodeNext, WanVae
-from realtide.engines.runtime.program import Array, Program, TensorSpec
-from realtide.engines.runtime.torch_program import State, TorchProgram, load
+from realtide.engines.runtime.device_program import DeviceProgram
+from realtide.engines.runtime.program import Array, Runs
+from realtide.engines.runtime.resident_program import Bound, ResidentProgram, named
+from realtide.engines.runtime.torch_program import State, load, state_tensors
+
+_TABLES = ("time", "space", "window_time")
+"""Inputs that stay in float32 whatever the model computes in."""
 
 
 def transformer(config: TransformerConfig, weights: Mapping[str, Array]) -> WanTransformer:
@@ -54,56 +55,112 @@ def text_encoder(config: TextConfig, weights: Mapping[str, Array]) -> TextEncode
     return load(TextEncoder(config), weights)
 
 
-def video_programs(model: WanTransformer, config: VideoConfig, cache: State) -> VideoPrograms:
-    """Programs of one session over its cache (`config.cache_shapes`), updated in place."""
-    state = tuple(
-        TensorSpec(name, FLOAT, (rows, *shape)) for name, (rows, shape) in cache_shapes(config).items()
+def video_programs(
+    model: WanTransformer, config: VideoConfig, cache: State, *, record: bool = False, pool: Any = None
+) -> VideoPrograms:
+    """Programs of one session over its cache (`config.cache_shapes`), updated in place.
+
+    Args:
+        model: decides device and precision.
+        config: its shapes.
+        cache: tensors of the model's device and precision; on the processor arrays too.
+        record: replay CUDA graphs of the passes over a block. A recache comes seldom, and with many sizes.
+        pool: see `DeviceProgram`.
+
+    Raises:
+        FeedError: the cache does not fit.
+    """
+    device, dtype = _where(model)
+    state = state_tensors({n: (rows, *shape) for n, (rows, shape) in cache_shapes(config).items()}, cache)
+    crossed = cross_shapes(config)
+    bound = Bound({n: torch.zeros(shape, dtype=dtype, device=device) for n, shape in crossed.items()})
+    types = {
+        spec.name: torch.float32 if spec.name in _TABLES else _type(spec.dtype, dtype)
+        for spec in pass_inputs(config, "frames")
+        if spec.name not in crossed
+    }
+
+    def made(module: Callable[..., nn.Module], outputs: Sequence[str], replayed: bool, held: int) -> Runs:
+        program = DeviceProgram(
+            module(model, config, held), state, list(bound.tensors.values()), record=replayed, pool=pool
+        )
+        return ResidentProgram(module.__name__, named(program, outputs), types, device, bound)
+
+    text = ResidentProgram(
+        "Prompt", named(DeviceProgram(Prompt(model), []), [*crossed]), {"text": dtype}, device
     )
-    text = TensorSpec("text", FLOAT, (config.transformer.text_tokens, config.transformer.text_dim))
-    cross = tuple(TensorSpec(name, FLOAT, dims) for name, dims in cross_shapes(config).items())
-    block = pass_inputs(config, config.stream.block)
-    flow = TensorSpec("flow", FLOAT, (config.stream.block, *config.latent_shape))
-    remember = Remember(model, config)
     return VideoPrograms(
-        prompt=TorchProgram(Prompt(model), (text,), cross, (), {}),
-        denoise=TorchProgram(Denoise(model, config), block, (flow,), state, cache),
-        clean=TorchProgram(remember, block, (), state, cache),
-        recache=TorchProgram(remember, pass_inputs(config, "frames"), (), state, cache),
+        prompt=text,
+        denoise=_Held(partial(made, Denoise, ["flow"], record)),
+        clean=_Held(partial(made, Remember, [], record)),
+        recache=_Held(partial(made, Remember, [], False)),
     )
 
 
-def decoder_programs(model: WanVae, caches: State, height: int, width: int) -> HalfPrograms:
-    """Decoding programs of one stream of latents of `height` x `width` over its feature caches."""
-    config = model.config
-    state = _state(decoder_shapes(config, height, width))
-    latents, frame = decode_specs(config, height, width, 1)
-    _, frames = decode_specs(config, height, width, config.temporal_scale)
-    return HalfPrograms(
-        first=TorchProgram(DecodeFirst(model), (latents, ROW), (frame,), state, caches),
-        later=TorchProgram(DecodeNext(model), (latents, ROW), (frames,), state, caches),
-    )
+class _Held:
+    """A pass that knows how many places of the window hold frames, and so needs no mask; see `steps`.
+
+    There is one program for each number, which is a few: the window fills block by block.
+    """
+
+    def __init__(self, make: Callable[[int], Runs]) -> None:
+        self._make = make
+        self._programs: dict[int, Runs] = {}
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """See `program.Runs`. ``seen`` must be an array in host memory."""
+        held = int(np.count_nonzero(feeds["seen"]))
+        if held not in self._programs:
+            self._programs[held] = self._make(held)
+        return self._programs[held].run(feeds)
+
+
+def decoder_programs(
+    model: WanVae, caches: State, height: int, width: int, *, record: bool = False, pool: Any = None
+) -> HalfPrograms:
+    """Decoding programs of one stream of latents of `height` x `width` over its feature caches.
+
+    Other arguments are as of `video_programs`.
+    """
+    state = state_tensors(decoder_shapes(model.config, height, width), caches)
+
+    def made(module: Callable[[WanVae], nn.Module]) -> Runs:
+        return _half(
+            model, DeviceProgram(module(model), state, record=record, pool=pool), "latents", "frames"
+        )
+
+    return HalfPrograms(first=made(DecodeFirst), later=made(DecodeNext))
 
 
 def encoder_programs(model: WanVae, caches: State, height: int, width: int) -> HalfPrograms:
     """Encoding programs of one video of `height` x `width` pixels over its feature caches."""
-    config = model.config
-    state = _state(encoder_shapes(config, height, width))
-    scale = config.spatial_scale
-    latents, frame = decode_specs(config, height // scale, width // scale, 1)
-    _, frames = decode_specs(config, height // scale, width // scale, config.temporal_scale)
-    return HalfPrograms(
-        first=TorchProgram(EncodeFirst(model), (frame, ROW), (latents,), state, caches),
-        later=TorchProgram(EncodeNext(model), (frames, ROW), (latents,), state, caches),
-    )
+    state = state_tensors(encoder_shapes(model.config, height, width), caches)
+
+    def made(module: Callable[[WanVae], nn.Module]) -> Runs:
+        return _half(model, DeviceProgram(module(model), state), "frames", "latents")
+
+    return HalfPrograms(first=made(EncodeFirst), later=made(EncodeNext))
 
 
-def text_program(model: TextEncoder) -> Program:
+def text_program(model: TextEncoder) -> Runs:
     """Ids [tokens] of one prompt to embeddings [tokens, dim]."""
-    ids = TensorSpec("ids", INT, ("tokens",))
-    return TorchProgram(
-        EncodeText(model), (ids,), (TensorSpec("embeds", FLOAT, ("tokens", model.config.dim)),), (), {}
-    )
+    device, _ = _where(model)
+    call = named(DeviceProgram(EncodeText(model), []), ["embeds"])
+    return ResidentProgram("EncodeText", call, {"ids": torch.int64}, device)
 
 
-def _state(shapes: Mapping[str, tuple[int, ...]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name, FLOAT, shape) for name, shape in shapes.items())
+def _half(model: WanVae, program: DeviceProgram, given: str, made: str) -> Runs:
+    device, dtype = _where(model)
+    types = {given: dtype, "row": torch.int64}
+    return ResidentProgram(f"{given} to {made}", named(program, [made]), types, device)
+
+
+def _type(dtype: np.dtype[Any], floats: torch.dtype) -> torch.dtype:
+    if dtype.kind == "f":
+        return floats
+    return torch.int64 if dtype == INT else torch.bool
+
+
+def _where(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    weight: Tensor = next(model.parameters())
+    return weight.device, weight.dtype

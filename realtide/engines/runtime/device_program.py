@@ -8,6 +8,7 @@ than they do.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from realtide.engines.runtime.program import ProgramError
 
 # Libraries choose kernels and allocate their workspaces in the first runs; that cannot be recorded.
 _WARM_UP = 2
+
+# While one graph is recorded no thread may begin with another: it would wait for the whole device.
+_RECORDING = threading.Lock()
 
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
@@ -44,6 +48,8 @@ class DeviceProgram:
         record: replay CUDA graphs. What `run` returns is then overwritten by the next run of these shapes.
         compiled: compile the module with `torch.compile` first. The first run of each set of shapes then
             takes as long as the compiler does: a minute or more for a large model.
+        pool: memory for what is computed inside graphs, shared by programs that never run at once
+            (`torch.cuda.graph_pool_handle`); None: each graph has its own.
 
     Raises:
         ProgramError: graphs are wanted on a device that has none, or a state or bound tensor is elsewhere.
@@ -57,6 +63,7 @@ class DeviceProgram:
         *,
         record: bool = False,
         compiled: bool = False,
+        pool: Any = None,
     ) -> None:
         self._state, self._bound = tuple(state), tuple(bound)
         device = next(iter((*module.parameters(), *module.buffers(), *self._state))).device
@@ -70,7 +77,7 @@ class DeviceProgram:
         self._call: Any = module.eval()
         if compiled:
             self._call = torch.compile(self._call, dynamic=False)
-        self._record = record
+        self._record, self._pool = record, pool
         self._recorded: dict[Shapes, _Recorded] = {}
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -111,18 +118,30 @@ class DeviceProgram:
         return tuple(results[:count])
 
     def _made(self, inputs: Sequence[Tensor]) -> _Recorded:
-        """Record a graph. The runs that warm up change the state, so it is put back."""
+        """Record a graph. The runs that warm up change the state, so it is put back.
+
+        Raises:
+            ProgramError: it cannot be recorded.
+        """
         kept = [tensor.clone() for tensor in self._state]
         own = tuple(tensor.clone() for tensor in inputs)
+        current: Any = torch.cuda.current_stream(self._device)
         aside: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(self._device))
+        aside.wait_stream(current)
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UP):
                 self._eager(own)
-        torch.cuda.current_stream(self._device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self._eager(own)
+        with _RECORDING:
+            try:
+                # Other threads go on with their own work meanwhile, and may allocate.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"
+                ):
+                    outputs = self._eager(own)
+            except RuntimeError as error:
+                raise ProgramError(f"{self._name} cannot be recorded as a CUDA graph: {error}") from error
+        current.wait_stream(aside)
         for tensor, before in zip(self._state, kept, strict=True):
             tensor.copy_(before)
         return _Recorded(graph, own, outputs)

@@ -55,6 +55,17 @@ class TensorSpec:
         )
 
 
+class Runs(Protocol):
+    """What an engine asks of a program, wherever its tensors lie (see `memory`). One thread at a time."""
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """As `Program.run`, with tensors of the engine's memory in and out.
+
+        What it returns may be overwritten by the next run.
+        """
+        ...
+
+
 class Program(Protocol):
     """A graph with named tensors and in-place state. Owned by one thread at a time."""
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from realtide.engines.runtime.program import (
     Array,
     FeedChecker,
+    FeedError,
     ProgramError,
     TensorSpec,
     check_state,
 )
+from realtide.engines.runtime.torch_memory import as_tensor
 
 M = TypeVar("M", bound=nn.Module)
 State = Mapping[str, Array] | Mapping[str, Tensor]
@@ -86,7 +88,7 @@ class TorchProgram:
         """See `Program.run`."""
         checked = self._checker.check(feeds)
         with torch.inference_mode():
-            values = [_as_tensor(array).to(self._device) for _, array in checked]
+            values = [as_tensor(array).to(self._device) for _, array in checked]
             try:
                 results = self._module(*values, *self._state)
             except Exception as error:
@@ -133,19 +135,27 @@ def load(module: M, weights: Mapping[str, Array]) -> M:
     return module.eval().requires_grad_(False)
 
 
+def state_tensors(shapes: Mapping[str, Sequence[int]], given: State) -> list[Tensor]:
+    """State as tensors, in the order of `shapes`; arrays are not copied.
+
+    Raises:
+        FeedError: one is missing or has another shape.
+    """
+    found = []
+    for name, shape in shapes.items():
+        if name not in given or tuple(given[name].shape) != tuple(shape):
+            have = list(given[name].shape) if name in given else "missing"
+            raise FeedError(f"state {name!r} must be {list(shape)}, not {have}")
+        value = given[name]
+        found.append(value if isinstance(value, Tensor) else torch.from_numpy(value))
+    return found
+
+
 def on_device(arrays: Mapping[str, Array], device: str) -> State:
     """State for a module on `device`: the arrays themselves for the processor, else copies there."""
     if device == "cpu":
         return arrays
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-
-
-def on_host(value: Array | Tensor) -> Array:
-    """A state tensor's values as an array."""
-    if isinstance(value, Tensor):
-        array: Array = value.cpu().numpy()
-        return array
-    return value
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -158,11 +168,6 @@ def _stand_in(value: Any) -> Array:
     # For checking dtype and shape as on the CPU; never written, so that it commits no memory.
     dtype = torch.zeros((), dtype=value.dtype).numpy().dtype
     return np.zeros(tuple(value.shape), dtype)
-
-
-def _as_tensor(array: Array) -> Tensor:
-    # torch warns of undefined behaviour when it wraps a read-only array; inputs are read only, copy those.
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from realtide.engines.longlive.caches import Cache
@@ -20,6 +19,7 @@ from realtide.engines.longlive.torch_programs import decoder_programs
 from realtide.engines.longlive.types import Credit, Frames, VideoEvent, VideoModelInfo, VideoOptions
 from realtide.engines.longlive.vae import WanVae
 from realtide.engines.runtime.program import Array
+from realtide.engines.runtime.torch_memory import TorchMemory
 from tests.engines.longlive.conftest import Player, video_config
 
 VAE = VaeConfig(
@@ -41,10 +41,9 @@ class Small:
         shapes = decoder_shapes(VAE, self.config.stream.height, self.config.stream.width)
         made = []
         for _ in range(caches or slots):
-            programs, keys = self.player.bound()
-            features: dict[str, Array] = {
-                name: np.full(shape, 9.0, np.float32) for name, shape in shapes.items()
-            }
+            programs, arrays = self.player.bound()
+            keys = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            features = {name: torch.full(shape, 9.0) for name, shape in shapes.items()}
             half = decoder_programs(decoder, features, self.config.stream.height, self.config.stream.width)
             made.append(Cache(programs, keys, half, features))
         info = VideoModelInfo(
@@ -52,7 +51,8 @@ class Small:
             session_bytes(self.config, VAE),
         )  # fmt: skip
         self.embedded: list[str] = []
-        self.engine = LongLiveEngine("small", info, self.config, VAE, self.embed, made, slots)
+        memory = TorchMemory()
+        self.engine = LongLiveEngine("small", info, self.config, VAE, self.embed, made, slots, memory)
         self.stages: list[str] = []
         self.engine.attach(lambda session: None, self.on_stage)
 
