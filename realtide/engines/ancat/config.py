@@ -116,3 +116,11 @@ def state_shapes(config: EncoderConfig, step_frames: int) -> dict[str, tuple[int
             shapes[f"available_{layer}"] = (short, (), "float64")
         shapes[f"conv_{layer}"] = (short, (config.dim,), "float32")
     return shapes
+
+
+def static_shapes(config: EncoderConfig, step_frames: int) -> dict[str, tuple[int, tuple[int, ...], str]]:
+    """State of the static step (see `stream_static`): as `state_shapes`, with availabilities as integers."""
+    return {
+        name: (rows, shape, "int64" if dtype == "float64" else dtype)
+        for name, (rows, shape, dtype) in state_shapes(config, step_frames).items()
+    }

@@ -27,80 +27,20 @@ with the past included in the maximum because a node needs its left context too)
 node i stops waiting once input frame i + K has been seen, so the latency of every output is at most K
 whatever the schedulers ask for. The end of the stream comes after its last frame: inside it counts as one
 more frame. Availabilities are float64, which is exact for any frame index and has a running maximum.
+
+`stream_positions` says where things lie, `stream_layer` is one layer's part, `stream_static` the same step
+for runtimes that need to know every shape in advance.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from realtide.engines.ancat.config import EncoderConfig, state_shapes
+from realtide.engines.ancat.config import state_shapes
 from realtide.engines.ancat.model import Block, Encoder
-from realtide.engines.ancat.offline import hard_depth
-
-ABSENT = float(1 << 50)  # availability of a frame that does not exist yet: later than any deadline
-FOUND = float(1 << 49)  # anything below is the availability of something that exists
-GROUP = 4  # most nodes that attend together
-
-
-def write_rows(ring: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Write rows [n, ...] at index [n].
-
-    Exported as ScatterND, which runtimes do in place when input and output share memory.
-    """
-    if torch.compiler.is_exporting():
-        out: Tensor = torch.ops.aten.index_put(ring, [index], rows)
-        return out
-    return ring.index_copy_(0, index, rows)
-
-
-def group_size(config: EncoderConfig, step_frames: int) -> int:
-    """Nodes of a stream that attend together: a divisor of the lanes. Without lookahead all leave at once."""
-    if config.rule == "causal":
-        return step_frames
-    return next(size for size in range(min(GROUP, step_frames), 0, -1) if step_frames % size == 0)
-
-
-@dataclass(slots=True)
-class Nodes:
-    """Packed nodes between layers."""
-
-    x: Tensor  # [N, dim]; the rest [N] but where it says otherwise
-    long: Tensor  # rows in the long rings [N * heads]
-    short: Tensor  # row in the short rings
-    stream: Tensor  # 0..B-1
-    position: Tensor
-    available: Tensor  # float64
-
-
-@dataclass(slots=True)
-class Where:
-    """Rows of one layer's nodes, or of all layers' before `layer` takes them apart; lane o is node done + o.
-
-    Q lanes a stream; the lanes of all streams, and of all layers, are numbered through.
-    """
-
-    long: Tensor  # [layers * B * Q, heads], of every lane in the long rings
-    short: Tensor  # [layers * B * Q], in the short rings
-    taps: Tensor  # [layers * B * Q, kernel], in the short rings, oldest first
-    # Of each group of a stream's lanes: G groups, numbered through like lanes.
-    keys: Tensor  # [layers, B * G, keys], of the first head in the long rings: from first node - left on
-    reach: Tensor  # [layers, B * G, 1, 1, keys], key less first node; far ahead before the stream began
-
-
-@dataclass(slots=True)
-class Waiting:
-    """What a layer's decisions need to know of all layers, each [layers, B, n]; Q + 1 nodes, R after each."""
-
-    queue: Tensor  # rows in the short rings of each of the Q + 1 nodes, from done on, and the R after it
-    head: Tensor  # rows of the Q + 1 nodes
-    position: Tensor  # float64, of the queue
-    limit: Tensor  # float64, when the cap ends the waiting of the Q + 1 nodes, the end of the stream included
-    last: Tensor  # float64, availability of the newest resolved node
-    lasts: Tensor  # the same, Q + 1 times
+from realtide.engines.ancat.stream_layer import ABSENT, FOUND, LayerStep, Nodes, write_rows
+from realtide.engines.ancat.stream_positions import Positions
 
 
 class StreamStep(nn.Module):
@@ -111,8 +51,7 @@ class StreamStep(nn.Module):
         self.encoder = encoder
         self.config = encoder.config
         self.step_frames = step_frames
-        self.group = group_size(self.config, step_frames)
-        self.long, self.short = self.config.long_ring(step_frames), self.config.short_ring(step_frames)
+        self.positions = Positions(self.config, step_frames, step_frames, torch.float64)
         self.names = tuple(state_shapes(self.config, step_frames))
 
     def forward(
@@ -141,13 +80,14 @@ class StreamStep(nn.Module):
         states = dict(zip(self.names, state, strict=True))
         counts = states["counts"].index_select(0, slots)  # [B, layers]
         newest = states["newest"].index_select(0, slots)
-        long, short = slots * (self.long * self.config.heads), slots * self.short
-        rows = long.index_select(0, stream) + position % self.long
-        heads = torch.arange(self.config.heads, device=slots.device) * self.long
+        places = self.positions
+        long, short = slots * (places.long * self.config.heads), slots * places.short
+        rows = long.index_select(0, stream) + position % places.long
+        heads = torch.arange(self.config.heads, device=slots.device) * places.long
         nodes = Nodes(
             self.encoder.subsample(windows),
             (rows.unsqueeze(1) + heads).flatten(),
-            short.index_select(0, stream) + position % self.short,
+            short.index_select(0, stream) + position % places.short,
             stream,
             position,
             position.to(torch.float64),
@@ -166,9 +106,9 @@ class StreamStep(nn.Module):
         states: dict[str, Tensor],
     ) -> tuple[Tensor, ...]:
         """Without lookahead nothing waits: all layers are at the same frame and share all indices."""
-        run, lanes = LayerStep(self.config, self.step_frames), self.step_frames
+        run, lanes = LayerStep(self.positions), self.step_frames
         done = counts[:, 0]
-        where = self._where(done.view(1, -1, 1), slots)
+        where = self.positions.where(done.view(1, -1, 1), slots)
         offset = nodes.position - done.index_select(0, nodes.stream)
         taps = where.taps.index_select(0, nodes.stream * lanes + offset)
         new = torch.arange(lanes, device=slots.device) < (arrived - done).unsqueeze(1)
@@ -207,11 +147,11 @@ class StreamStep(nn.Module):
         states: dict[str, Tensor],
     ) -> tuple[Tensor, ...]:
         """Layer by layer: take what arrives, decide what leaves, compute it."""
-        run, lanes, layers = LayerStep(self.config, self.step_frames), self.step_frames, self.config.layers
+        run, lanes, layers = LayerStep(self.positions), self.step_frames, self.config.layers
         device, streams = slots.device, slots.shape[0]
         done = counts.t().unsqueeze(2)  # [layers, B, 1]
-        where = self._where(done, slots)
-        waiting = self._waiting(done, newest, arrived, cap, slots)
+        where = self.positions.where(done, slots)
+        waiting = self.positions.waiting(done, newest, arrived, cap, slots)
         keys, reach, queue, head, position, limit, last, lasts = (
             torch.split(table, 1)
             for table in (
@@ -242,7 +182,8 @@ class StreamStep(nn.Module):
             block: Block = module  # type: ignore[assignment]
             residual, key, value, scores = block.arrive(nodes.x)
             run.remember(states, layer, nodes.long, key, value)
-            run.wait(states, layer, nodes, residual, run.depth(scores, nodes, limits))
+            depth = run.depth(scores, nodes.position, limits)
+            run.wait(states, layer, nodes.short, residual, depth, nodes.available)
             ready, end, over = run.readiness(
                 states,
                 layer,
@@ -261,13 +202,13 @@ class StreamStep(nn.Module):
             here = flat + first[layer]
             short = where.short.index_select(0, here)
             # Attention is for groups that resolve something, in as many lanes as the largest of them needs.
-            grouped = count.view(1, -1, self.group)
+            grouped = count.view(1, -1, run.group)
             live = grouped.select(2, 0).flatten().nonzero().squeeze(1)  # nodes leave in order
             lane = grouped.amax((0, 1)).nonzero().squeeze(1)  # 0 .. most nodes of a group - 1
             used = grouped.index_select(1, live).index_select(2, lane)
             place = used.flatten().nonzero().squeeze(1)
             padded = run.padded(used)
-            until = end.reshape(1, -1, self.group).index_select(1, live).index_select(2, lane)
+            until = end.reshape(1, -1, run.group).index_select(1, live).index_select(2, lane)
             until = until.unsqueeze(2).unsqueeze(4)
             seen = reach[layer].index_select(1, live) < until
             waited = states[f"residual_{layer}"].index_select(0, short)
@@ -321,180 +262,3 @@ class StreamStep(nn.Module):
         states["newest"] = write_rows(states["newest"], slots, newest)
         encoded = self.encoder.leave(x)
         return (encoded, stream, position, available, more, *(states[name] for name in self.names))
-
-    def _where(self, done: Tensor, slots: Tensor) -> Where:
-        """done [layers, B, 1], nodes that each layer has resolved."""
-        config, lanes, device = self.config, self.step_frames, done.device
-        left, right, kernel, heads = config.left, config.right, config.kernel, config.heads
-        key_at = done + torch.arange(-left, lanes + right, device=device)
-        place = (slots * (self.long * heads)).unsqueeze(1) + key_at % self.long  # [layers, B, columns]
-        head = torch.arange(heads, device=device) * self.long
-        long = (place[:, :, left : left + lanes].unsqueeze(3) + head).flatten(0, 2)
-        short = self._short(done, slots, 1 - kernel, lanes)
-        column = torch.arange(lanes, device=device).unsqueeze(1) + torch.arange(kernel, device=device)
-        taps = short.index_select(2, column.flatten()).view(-1, kernel)
-        offset = torch.arange(-left, self.group + right, device=device)
-        first = torch.arange(0, lanes, self.group, device=device)
-        window, shape = (first.unsqueeze(1) + offset + left).flatten(), (len(done), -1, len(offset))
-        keys = place.index_select(2, window).view(shape)
-        reach = torch.where(key_at.index_select(2, window).view(shape) >= 0, offset, self.long)
-        return Where(long, short[:, :, kernel - 1 :].flatten(), taps, keys, reach.unsqueeze(2).unsqueeze(2))
-
-    def _waiting(self, done: Tensor, newest: Tensor, arrived: Tensor, cap: Tensor, slots: Tensor) -> Waiting:
-        """done [layers, B, 1]; newest [B, layers], arrived [B], cap [B]."""
-        columns = self.step_frames + 1
-        rows = self._short(done, slots, 0, self.config.waiting(self.step_frames))
-        position = done + torch.arange(self.config.waiting(self.step_frames), device=done.device)
-        order = torch.arange(columns, device=done.device).unsqueeze(1)
-        window = (order + torch.arange(self.config.right + 1, device=done.device)).flatten()
-        # What only the end resolves comes one frame later than the last: whoever's deadline that frame was
-        # has given up, whether or not the end was known by then.
-        limit = torch.minimum(position[:, :, :columns] + cap.unsqueeze(1), arrived.unsqueeze(1))
-        last = newest.t().unsqueeze(2)
-        return Waiting(
-            rows.index_select(2, window),
-            rows[:, :, :columns],
-            position.index_select(2, window).to(torch.float64),
-            limit.to(torch.float64),
-            last,
-            last.expand(-1, -1, columns),
-        )
-
-    def _short(self, done: Tensor, slots: Tensor, begin: int, end: int) -> Tensor:
-        """Rows [layers, B, end - begin] of the short rings of nodes done + begin and on."""
-        position = done + torch.arange(begin, end, device=done.device)
-        return (slots * self.short).unsqueeze(1) + position % self.short
-
-
-class LayerStep:
-    """One layer's part of a call; takes its rings out of `states` and puts the updated ones back."""
-
-    def __init__(self, config: EncoderConfig, step_frames: int) -> None:
-        self.config = config
-        self.lanes = step_frames
-        self.group = group_size(config, step_frames)
-
-    def write(self, states: dict[str, Tensor], name: str, layer: int, index: Tensor, values: Tensor) -> None:
-        """Write rows [n, ...] of a ring of this layer."""
-        states[f"{name}_{layer}"] = write_rows(states[f"{name}_{layer}"], index, values)
-
-    def remember(
-        self, states: dict[str, Tensor], layer: int, long: Tensor, key: Tensor, value: Tensor
-    ) -> None:
-        """Keys and values [N, heads, head dim] of inputs into rows long [N * heads]."""
-        self.write(states, "key", layer, long, key.flatten(0, 1))
-        self.write(states, "value", layer, long, value.flatten(0, 1))
-
-    def of_heads(self, keys: Tensor) -> Tensor:
-        """Rows [1, S, K] of the first head's keys -> [1, S, heads, K] of all heads'."""
-        ring = self.config.long_ring(self.lanes)
-        head = torch.arange(self.config.heads, device=keys.device) * ring
-        return keys.unsqueeze(2) + head.unsqueeze(1)
-
-    def wait(
-        self, states: dict[str, Tensor], layer: int, nodes: Nodes, residual: Tensor, depth: Tensor
-    ) -> None:
-        """Inputs enter the queue."""
-        for name, values in (("residual", residual), ("depth", depth), ("available", nodes.available)):
-            self.write(states, name, layer, nodes.short, values)
-
-    def depth(self, scores: Tensor | None, nodes: Nodes, least: Tensor) -> Tensor:
-        """Frames ahead that each input [N] asks for; least [N, 1] as `StreamStep.forward` has it."""
-        if scores is not None:
-            return hard_depth(scores, least, is_span=self.config.span)
-        if self.config.rule == "chunked":
-            return self.config.right - nodes.position % (self.config.right + 1)
-        return torch.full_like(nodes.stream, self.config.right)
-
-    def readiness(
-        self,
-        states: dict[str, Tensor],
-        layer: int,
-        queue: Tensor,
-        head: Tensor,
-        position: Tensor,
-        limit: Tensor,
-        last: Tensor,
-        inputs: Tensor,
-        coming: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """When the nodes of the queue can be resolved, and what they attend to.
-
-        Tables as in `Waiting`, of this layer [1, B, n]; inputs [1, B, 1], of this layer so far; coming
-        [1, B, 1], the least availability of an input that is yet to come.
-
-        Returns availability [1, B, Q], which is `ABSENT` where a node or one before it has to wait; the end
-        [1, B, Q] of the frames that each attends to, exclusive and counted from its group's first node; the
-        availability [1, B, 1] of one node more than fits into the call, `ABSENT` where it has to wait too.
-        """
-        lanes, span = self.lanes, self.config.right + 1
-        order = torch.arange(lanes + 1, device=queue.device)
-        # Of each node and of those that it may ask for, one after the other.
-        available = torch.where(position < inputs, states[f"available_{layer}"][queue], ABSENT)
-        depth = states[f"depth_{layer}"][head]
-        # When the cap is lowered a node may already be later than it: what it has waited for, it uses.
-        deadline = torch.maximum(limit, available[:, :, ::span])
-        # Availability never falls from one node to the next, so a node has all that it asks for, or knows
-        # that it cannot, by the newest of it alone. What exists is never later than what is yet to come.
-        asked = available.gather(2, depth + order * span)
-        own = torch.minimum(asked, torch.where(coming <= deadline, ABSENT, deadline))
-        running = F.max_pool1d(torch.cat([last, own], 2), lanes + 2, 1)
-        usable = available.view(1, -1, lanes + 1, span) <= deadline.unsqueeze(3)
-        end = torch.minimum(usable.to(torch.int64).sum(3), depth + 1) + order % self.group
-        return running[:, :, :lanes], end[:, :, :lanes], running[:, :, lanes:]
-
-    def padded(self, used: Tensor) -> Tensor:
-        """Packed row [1, B, L] of each lane, or of some other one where used [1, B, L] is 0, not 1."""
-        return (used.flatten().cumsum(0) - 1).view_as(used)
-
-    def attend(
-        self,
-        block: Block,
-        layer: int,
-        states: dict[str, Tensor],
-        queries: Tensor,
-        padded: Tensor,
-        place: Tensor,
-        lane: Tensor,
-        keys: Tensor,
-        seen: Tensor,
-    ) -> Tensor:
-        """Attention of packed queries [M, heads, head dim] -> [M, dim].
-
-        S groups have queries. lane [L] counts up to the most nodes of one, which is known only at run time;
-        padded [1, S, L], the query of each lane; place [M], group * L + lane; keys [1, S, heads, K], rows of
-        the rings; seen [1, S, 1, L, K].
-        """
-        heads, left, right, dim = self.config.heads, self.config.left, self.config.right, self.config.dim
-        device = lane.device
-        q = queries[padded].transpose(2, 3)
-        k = F.embedding(keys, states[f"key_{layer}"])
-        v = F.embedding(keys, states[f"value_{layer}"])
-        # Depends on weights alone; the table's ends stand for what no query may see.
-        reach = torch.arange(self.group + left + right, device=device)
-        offset = reach - torch.arange(self.group, device=device).unsqueeze(1)
-        table = F.pad(block.relative, (1, 1), value=-1e9)
-        bias = table.index_select(1, (offset + 1).clamp(0, left + right + 2).flatten())
-        bias = bias.view(heads, self.group, self.group + left + right).index_select(1, lane)
-        score = torch.matmul(q, k.transpose(-1, -2)) + bias
-        probs = torch.where(seen, score, -1e9).softmax(-1)
-        mixed = torch.matmul(probs, v).transpose(2, 3).reshape(-1, dim)
-        return mixed.index_select(0, place)
-
-    def convolve(
-        self,
-        block: Block,
-        layer: int,
-        states: dict[str, Tensor],
-        x: Tensor,
-        index: Tensor,
-        taps: Tensor,
-    ) -> Tensor:
-        """Causal convolution over the ring, then the block's end; x [M, dim] -> [M, dim].
-
-        index [M] and taps [M, kernel] are rows of the short rings. A fresh slot's ring is zero, which is
-        what stands before the first frame.
-        """
-        self.write(states, "conv", layer, index, block.conv.enter(x))
-        past = F.embedding(taps, states[f"conv_{layer}"])
-        return block.finish(x, block.conv.leave(past))

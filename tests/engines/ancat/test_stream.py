@@ -86,10 +86,11 @@ def run(
     step_frames: int,
     chunk: int,
     seed: int,
+    make: Callable[[Transducer, int, int], Driver] = Driver,
 ) -> Driver:
     """Random calls: each stream is in a call or not, with 0 to `chunk` new frames, and ends when it ends."""
     rng = random.Random(seed)
-    driver = Driver(model, step_frames, len(windows) + 1)
+    driver = make(model, step_frames, len(windows) + 1)
     slots = rng.sample(range(len(windows) + 1), len(windows))
     while any(driver.fed[s] < len(w) for s, w in zip(slots, windows, strict=True)):
         news, final = {}, set()

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from realtide.engines.ancat.config import NO_CAP, static_shapes
+from realtide.engines.ancat.model import Encoder
+from realtide.engines.ancat.stream_static import StaticStep
 from realtide.engines.easycontrol.steps import Denoise as ImageDenoise
 from realtide.engines.easycontrol.transformer import FluxTransformer
 from realtide.engines.longlive.config import (
@@ -24,7 +27,7 @@ from realtide.engines.longlive.transformer import WanTransformer
 from realtide.engines.longlive.vae import DecodeFirst, DecodeNext, WanVae
 from realtide.engines.runtime.device_program import DeviceProgram
 from realtide.engines.runtime.program import ProgramError
-from realtide.gpu import images, video
+from realtide.gpu import images, speech, video
 
 
 class Sum(nn.Module):
@@ -180,6 +183,26 @@ def test_no_step_of_images_waits_for_the_device(dtype: torch.dtype) -> None:
         (velocity,) = program.run(*inputs, *caches)
     assert mode.seen > 100
     assert velocity.dtype == dtype
+
+
+def test_no_step_of_speech_waits_for_the_device() -> None:
+    config, streams, lanes = speech.config("100M", small=True), 3, 4
+    state = [
+        torch.zeros(rows * (streams + 1), *shape, dtype=getattr(torch, dtype))
+        for rows, shape, dtype in static_shapes(config, lanes).values()
+    ]
+    program = DeviceProgram(StaticStep(Encoder(config), lanes, lanes), state)
+    found = 0
+    for frame in range(0, 3 * lanes, lanes):
+        windows = torch.randn(streams, lanes, config.window, config.mel_bins)
+        fresh, slots = torch.tensor([lanes, lanes, 1]), torch.arange(streams)
+        arrived = torch.tensor([frame + lanes, frame + lanes, frame // lanes + 1])
+        least, cap = torch.zeros(streams), torch.full((streams,), NO_CAP)
+        with NoWaiting() as mode:
+            _, _, count, _ = program.run(windows, fresh, slots, arrived, least, cap, torch.zeros_like(cap))
+        assert mode.seen > 100
+        found += int(count.sum())
+    assert found > 0
 
 
 @pytest.mark.parametrize("rotary", ["absolute", "relative"])
