@@ -355,6 +355,23 @@ async def test_a_server_that_does_not_answer_is_given_up(serve: Serve) -> None:
     assert servicer.calls == 2
 
 
+async def test_a_stream_that_is_cancelled_while_it_opens_is_dropped(serve: Serve) -> None:
+    address, servicer = await serve(Script(silent_opens=1))
+
+    async def enter() -> None:
+        async with client.speech():
+            pass
+
+    async with rt.connect(address) as client:
+        entering = asyncio.create_task(enter())
+        while not servicer.calls:
+            await asyncio.sleep(0.005)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        assert "realtide-speech-stream" not in {task.get_name() for task in asyncio.all_tasks()}
+
+
 async def test_leaving_early_cancels_the_call(serve: Serve) -> None:
     address, servicer = await serve(Script())
     async with rt.connect(address) as client, client.speech() as stream:

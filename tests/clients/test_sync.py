@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -76,6 +78,31 @@ def test_errors_are_raised_in_the_callers_thread(address: str) -> None:
     client.close()
     with pytest.raises(rt.StreamClosed):
         client.models()
+
+
+def test_a_stream_that_is_interrupted_while_it_opens_is_dropped() -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with (
+            socket.create_server(("127.0.0.1", 0)) as silent,
+            sync.connect(f"127.0.0.1:{silent.getsockname()[1]}") as client,
+        ):
+            stream = client.speech()
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(Interrupted), stream:
+                pass
+            pump = stream._session._pump_task
+            assert pump is not None
+            client._loop.wait(asyncio.wait_for(asyncio.wait({pump}), 20))
+            assert pump.done()
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_one_thread_changes_prompts_while_another_takes_frames(address: str) -> None:

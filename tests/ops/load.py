@@ -45,10 +45,13 @@ class Load:
     def __exit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
-        asyncio.run_coroutine_threadsafe(self._ended(), self._loop).result(60)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        try:
+            asyncio.run_coroutine_threadsafe(self._ended(), self._loop).result(60)
+        finally:
+            # Whatever is left of the load, this process can end.
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     def check(self) -> int:
         """Sessions so far; raises what one has failed with."""
@@ -113,10 +116,9 @@ async def _say(client: rt.Client, samples: np.ndarray[Any, Any], rate: int, cut:
         async with client.speech(sample_rate=rate) as first:
             await _send(first, samples[:cut], rate)
             checkpoint = await first.checkpoint()
-    async with client.speech(sample_rate=rate, resume=checkpoint) as stream:
-        sending = asyncio.create_task(_send(stream, samples[cut:], rate, last=True))
+    async with client.speech(sample_rate=rate, resume=checkpoint) as stream, asyncio.TaskGroup() as group:
+        group.create_task(_send(stream, samples[cut:], rate, last=True))
         texts = [item.text async for item in stream if isinstance(item, rt.Final)]
-        await sending
     return " ".join(texts)
 
 

@@ -137,6 +137,8 @@ class Session(ABC, Generic[Item, Info]):
     async def open(self) -> Info:
         """Connect and wait until the server has opened the session.
 
+        The session goes on opening if this is cancelled; `close` drops it, as `async with` does by itself.
+
         Raises:
             RealtideError: It refused, or cannot be reached within the retry policy.
         """
@@ -148,7 +150,11 @@ class Session(ABC, Generic[Item, Info]):
         return self._info
 
     async def __aenter__(self) -> Self:
-        await self.open()
+        try:
+            await self.open()
+        except BaseException:
+            await self.close()  # there is no `__aexit__` without an `__aenter__`
+            raise
         return self
 
     async def __aexit__(

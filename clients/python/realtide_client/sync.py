@@ -92,7 +92,7 @@ class _Stream(Generic[Item, Info]):
         return self._loop.wait(self._session.open())
 
     def __enter__(self) -> Self:
-        self.open()
+        self._loop.wait(self._session.__aenter__())
         return self
 
     def __exit__(
