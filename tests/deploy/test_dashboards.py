@@ -15,6 +15,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models import dashboard
 
+from tests.deploy.kept import assert_kept
 from tools import generate_deploy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,20 +125,7 @@ def test_grafana_knows_every_field(name: str) -> None:
     register_default_plugins()
     model = dashboard.Dashboard.from_json(BOARDS[name])
     again = json.loads(json.dumps(model, cls=JSONEncoder))
-
-    def compare(before: Any, after: Any, where: str) -> None:
-        if isinstance(before, dict):
-            for key, value in before.items():
-                assert key in after, f"{where}.{key}"
-                compare(value, after[key], f"{where}.{key}")
-        elif isinstance(before, list):
-            assert len(before) == len(after), where
-            for index, (left, right) in enumerate(zip(before, after, strict=True)):
-                compare(left, right, f"{where}[{index}]")
-        else:
-            assert before == after, where
-
-    compare(BOARDS[name], again, name)
+    assert_kept(BOARDS[name], again, name)
 
 
 def test_what_dashboards_and_rules_read_is_documented_and_what_is_documented_is_read() -> None:
