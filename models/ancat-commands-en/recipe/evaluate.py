@@ -20,6 +20,7 @@ import numpy as np
 from pool import Pool, Record, load_pool
 from score import score
 
+from realtide.bench import report
 from realtide.engines.ancat.engine import AncatEngine, load
 from realtide.engines.ancat.session import SpeechSession
 from realtide.engines.ancat.types import Audio, Final, Finish, SpeechOptions, Word
@@ -96,7 +97,12 @@ def main() -> None:
     args = parser.parse_args()
     engine = load(args.bundle, slots=SLOTS, max_batch=SLOTS, precision=args.precision)
     options = SpeechOptions(lookahead_bias=args.bias, beam=args.beam)
-    results: dict[str, object] = {"bias": args.bias, "beam": args.beam, "precision": args.precision}
+    results: dict[str, object] = {
+        "commit": report.commit(),
+        "bias": args.bias,
+        "beam": args.beam,
+        "precision": args.precision,
+    }
     for path in args.sets:
         pool = load_pool(path)
         begun = time.perf_counter()
