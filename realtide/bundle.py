@@ -36,6 +36,13 @@ SEARCH_PATH = "REALTIDE_MODELS"
 """Environment variable with bundles, or directories of bundles: comma-separated or a JSON list."""
 
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
+PRECISIONS: dict[str, Precision] = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "int8": "int8",
+}
+"""By the short names that commands and settings use."""
 
 
 class BundleError(ValueError):
@@ -192,17 +199,27 @@ class Bundle:
         return self.directory / path
 
 
-def torch_precision(wanted: str | None) -> Precision:
-    """The precision that PyTorch computes in: bundles' weights serve any, so graphs do not matter.
+_GPU_PRECISIONS: dict[str, tuple[Precision, ...]] = {
+    "torch": ("float32", "bfloat16"),
+    "tensorrt": ("float32", "float16", "bfloat16"),
+}
+
+
+def gpu_precision(backend: str, wanted: str | None) -> Precision:
+    """The precision that PyTorch or TensorRT computes in; what graphs the bundle has does not matter.
+
+    Args:
+        backend: ``torch``: weights serve any precision; ``tensorrt``: graphs are rewritten.
+        wanted: None: float32.
 
     Raises:
-        BundleError: it is none of these.
+        BundleError: it is none of the backend's.
     """
-    if wanted in (None, "float32"):
-        return "float32"
-    if wanted == "bfloat16":
-        return "bfloat16"
-    raise BundleError(f"precision must be float32 or bfloat16 with PyTorch, not {wanted!r}")
+    for precision in _GPU_PRECISIONS[backend]:
+        if wanted in (None, precision):
+            return precision
+    offered = ", ".join(_GPU_PRECISIONS[backend])
+    raise BundleError(f"precision must be one of {offered} with the backend {backend}, not {wanted!r}")
 
 
 def load_manifest(directory: Path | str) -> Manifest:

@@ -1,19 +1,28 @@
-"""Plans of all graphs of a bundle, built into the plan cache (ours; extra ``trt`` or ``trt-rtx``)."""
+"""Plans of a bundle's graphs: from the plan cache, or built into it (ours; extra ``trt`` or ``trt-rtx``)."""
 
 from __future__ import annotations
 
+import logging
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from realtide.bundle import Bundle, Precision
+from realtide.bundle import Bundle, BundleError, Precision
 from realtide.engines.runtime import tensorrt
+from realtide.engines.runtime.onnx_file import read_graph
 from realtide.engines.runtime.plan_key import Gpu, PlanKey
 from realtide.engines.runtime.plans import PlanCache
 from realtide.engines.runtime.program import Array, ProgramError
-from realtide.engines.runtime.tensorrt import BuildOptions, Progress, TimingCache
+from realtide.engines.runtime.tensorrt import BuildOptions, Plan, Progress, TimingCache
 from realtide.engines.runtime.weights import WeightFile
 from realtide.variants import engine_graphs, manifest_values
+
+log = logging.getLogger(__name__)
+
+TOLD_EVERY = 10.0
+"""Seconds between two lines about a build."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,31 +78,120 @@ def build_plans(
         VariantError: the bundle's engine is unknown.
         PlanError: the cache cannot be used.
     """
-    sizes = engine_graphs(bundle).sizes(manifest_values(bundle), max_batch)
-    weights: Mapping[str, Array] = WeightFile(bundle.weights)
-    name = f"timing.{gpu.capability}"
-    timing = TimingCache(cache.read_timing(name))
-    known = timing.data
-    options = BuildOptions(gpu.capability, timing, on_progress)
+    source = _Source(bundle, precision, cache, gpu, max_batch, on_progress)
     found = []
     for number, (program, path) in enumerate(graphs.items()):
         on_program(program, number, len(graphs))
-        about, fresh, key = subject(bundle, program, precision), False, None
-
-        def build(path: Path = path, program: str = program) -> bytes:
-            nonlocal fresh
-            fresh = True
-            return tensorrt.build_engine(path, weights, sizes.get(program, {}), options)
-
+        about, key, builds = subject(bundle, program, precision), None, source.builds
         try:
             data = path.read_bytes()
-            key = tensorrt.plan_key(data, weights, sizes.get(program, {}), precision, gpu)
-            plan = cache.get(about, key, build)
-            found.append(Built(program, about, key, len(plan), fresh, ""))
+            key = source.key(program, data)
+            plan = source.get(program, data, key)
+            found.append(Built(program, about, key, len(plan), source.builds > builds, ""))
         except OSError as error:
             found.append(Built(program, about, key, 0, False, f"{path}: {error.strerror}"))
         except ProgramError as error:
             found.append(Built(program, about, key, 0, False, str(error)))
-    if timing.data != known:
-        cache.write_timing(name, timing.data)
+    source.keep_timing()
     return found
+
+
+class BundlePlans:
+    """Plans that an engine is served from, by program.
+
+    Args:
+        bundle: with the weights.
+        precision: what is served: graphs that the bundle has in it, or its float32 graphs rewritten.
+        cache: where plans are.
+        gpu: what `tensorrt.target` gives.
+        max_batch: see the engines' `graphs.sizes`; plans fit the one that they were built with.
+        build: build what the cache lacks, which takes minutes, and say so in the log; else refuse it.
+    """
+
+    def __init__(
+        self, bundle: Bundle, precision: Precision, cache: PlanCache, gpu: Gpu, max_batch: int, build: bool
+    ) -> None:
+        self._bundle, self._precision, self._build = bundle, precision, build
+        self._source = _Source(bundle, precision, cache, gpu, max_batch, _Told(bundle.manifest.name))
+
+    def __call__(self, program: str) -> Plan:
+        """The plan of a program; see `tensorrt.PlanOf`.
+
+        Raises:
+            ProgramError: there is none that fits and none may be built, or the graph cannot be had.
+        """
+        data = self._graph(program)
+        plan = self._source.get(program, data, self._source.key(program, data), build=self._build)
+        self._source.keep_timing()
+        return Plan(subject(self._bundle, program, self._precision), plan, read_graph(data))
+
+    def _graph(self, program: str) -> bytes:
+        bundle, precision = self._bundle, self._precision
+        try:
+            if precision == "float32" or precision in bundle.manifest.programs.get(program, {}):
+                return bundle.graph(program, precision).read_bytes()
+            from realtide.engines.runtime.narrow import Narrow, narrow_graph
+
+            with tempfile.TemporaryDirectory(prefix="realtide-") as folder:
+                target = Path(folder) / f"{program}.onnx"
+                half: Narrow = "float16" if precision == "float16" else "bfloat16"
+                narrow_graph(bundle.graph(program, "float32"), target, half)
+                return target.read_bytes()
+        except (BundleError, OSError, ImportError) as error:
+            raise ProgramError(f"{subject(bundle, program, precision)}: {error}") from error
+
+
+class _Source:
+    """Keys and plans of a bundle's graphs."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        precision: Precision,
+        cache: PlanCache,
+        gpu: Gpu,
+        max_batch: int,
+        on_progress: Progress | None,
+    ) -> None:
+        self._bundle, self._precision, self._cache, self._gpu = bundle, precision, cache, gpu
+        self._sizes = engine_graphs(bundle).sizes(manifest_values(bundle), max_batch)
+        self._weights: Mapping[str, Array] = WeightFile(bundle.weights)
+        self._timing_name = f"timing.{gpu.capability}"
+        self._timing = TimingCache(cache.read_timing(self._timing_name))
+        self._known = self._timing.data
+        self._options = BuildOptions(gpu.capability, self._timing, on_progress)
+        self.builds = 0
+
+    def key(self, program: str, graph: bytes) -> PlanKey:
+        """Raises ProgramError: the graph or its sizes are not usable."""
+        sizes = self._sizes.get(program, {})
+        return tensorrt.plan_key(graph, self._weights, sizes, self._precision, self._gpu)
+
+    def get(self, program: str, graph: bytes, key: PlanKey, *, build: bool = True) -> bytes:
+        """The plan of a key. Raises ProgramError, PlanError among them."""
+
+        def made() -> bytes:
+            self.builds += 1
+            sizes = self._sizes.get(program, {})
+            return tensorrt.build_engine(graph, self._weights, sizes, self._options, label=about)
+
+        about = subject(self._bundle, program, self._precision)
+        return self._cache.get(about, key, made if build else None)
+
+    def keep_timing(self) -> None:
+        """Write what was measured of kernels. Raises PlanError."""
+        if self._timing.data != self._known:
+            self._cache.write_timing(self._timing_name, self._timing.data)
+            self._known = self._timing.data
+
+
+class _Told:
+    """Progress of a build as lines of the log, not too many."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._last = name, time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if time.monotonic() - self._last >= TOLD_EVERY:
+            self._last = time.monotonic()
+            log.info("%s: TensorRT is at %s, %d of %d", self._name, what, done, total)

@@ -169,6 +169,14 @@ class ServerConfig(BaseModel):
         description="Runtimes in the order in which they are tried: tensorrt, torch-cuda, onnxruntime, "
         "torch-cpu. Why one was not taken is logged.",
     )
+    plan_directory: Path | None = Field(
+        None, description="TensorRT's plan cache; None: where `realtide models build` puts plans."
+    )
+    build_plans: bool = Field(
+        False,
+        description="Build plans that the cache lacks while a bundle is loaded, which takes minutes; false: "
+        "TensorRT does not serve such a bundle.",
+    )
     executors: int = Field(
         1, ge=1, le=64, description="Executor threads per model, each with an engine of its own."
     )

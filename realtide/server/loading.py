@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from realtide.bundle import BundleError, resolve
+from realtide.bundle import PRECISIONS, BundleError, gpu_precision, load_bundle, resolve
 from realtide.engines.runtime.program import ProgramError
+from realtide.engines.runtime.tensorrt import PlanOf
 from realtide.server import runtimes
 from realtide.server.config import ConfigError, ModelConfig, ServerConfig
 from realtide.server.models import AnyEngine
@@ -87,6 +88,9 @@ def _made(
     backend, device = BACKENDS[runtime]
     if device != "cpu":
         more["device"] = device
+    if runtime == "tensorrt":
+        batch = min(model.max_batch or config.max_batch or max(shares), max(shares))
+        more["plan_of"] = _plans(bundle, model, config, batch)
     if name in _CACHED:
         budget = model.cache_bytes or config.image_cache_bytes
         more["cache_bytes"] = budget and budget // executors
@@ -103,6 +107,18 @@ def _made(
         )
         for share in shares
     ]
+
+
+def _plans(bundle: Path, model: ModelConfig, config: ServerConfig, max_batch: int) -> PlanOf:
+    """Plans of a bundle; PyTorch and TensorRT are imported only by whoever comes here."""
+    from realtide.engines.runtime import gpu, tensorrt
+    from realtide.engines.runtime.plans import PlanCache
+    from realtide.plan_building import BundlePlans
+
+    loaded = load_bundle(bundle)
+    precision = gpu_precision("tensorrt", PRECISIONS[model.precision or config.precision])
+    cache, target = PlanCache(config.plan_directory), tensorrt.target(None, gpu.detect())
+    return BundlePlans(loaded, precision, cache, target, max_batch, config.build_plans)
 
 
 def _engine(bundle: Path) -> str:

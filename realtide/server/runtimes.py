@@ -16,6 +16,7 @@ Runtime = Literal["tensorrt", "torch-cuda", "onnxruntime", "torch-cpu"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
 
 BACKENDS: dict[Runtime, tuple[str, str]] = {
+    "tensorrt": ("tensorrt", "cuda:0"),
     "torch-cuda": ("torch", "cuda:0"),
     "onnxruntime": ("onnxruntime", "cpu"),
     "torch-cpu": ("torch", "cpu"),
@@ -26,7 +27,9 @@ _DRIVER = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/d
 """One of these is there where NVIDIA's driver is."""
 # Engines that keep the state of their sessions where they compute.
 _ON_GPU = ("easycontrol", "longlive")
-_TORCH_PRECISIONS = {"longlive": ("fp32", "bf16")}
+_TORCH_PRECISIONS: dict[str, tuple[str, ...]] = {"longlive": ("fp32", "bf16")}
+_PLAN_PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
+_ON_PLANS = ("longlive",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +63,18 @@ def missing(runtime: Runtime, engine: str, precision: str) -> str | None:
     if runtime == "tensorrt":
         if not (_installed("tensorrt") or _installed("tensorrt_rtx")):
             return "neither tensorrt nor tensorrt_rtx is installed"
-        return "engines are not served from TensorRT plans yet"
+        if engine not in _ON_PLANS:
+            return f"engine {engine} is not served from TensorRT plans yet"
     if runtime == "torch-cuda" and engine not in _ON_GPU:
         return f"engine {engine} keeps the state of its sessions in host memory"
     if not _installed("torch"):
         return "PyTorch is not installed"
-    offered = _TORCH_PRECISIONS.get(engine, ("fp32",))
+    if runtime == "tensorrt":
+        offered, what = _PLAN_PRECISIONS, "TensorRT"
+    else:
+        offered, what = _TORCH_PRECISIONS.get(engine, ("fp32",)), "PyTorch"
     if precision not in offered:
-        return f"engine {engine} computes in {' or '.join(offered)} with PyTorch, {precision} is asked for"
+        return f"engine {engine} computes in {' or '.join(offered)} with {what}, {precision} is asked for"
     return None if runtime == "torch-cpu" else _no_cuda()
 
 

@@ -12,12 +12,15 @@ import grpc
 import pytest
 
 from realtide.bundle import BundleError
+from realtide.engines.runtime import gpu
+from realtide.engines.runtime.plan_key import Gpu
 from realtide.server import runtimes
 from realtide.server.app import Server
 from realtide.server.config import ConfigError, ModelConfig, ServerConfig, load_config
 from realtide.server.loading import load_engines
 from realtide.server.runtimes import RUNTIMES, Choice, Passed, Runtime, missing
 from realtide_client.v1 import models_pb2, models_pb2_grpc
+from tests.engines.runtime.tensorrt_package import installed
 from tests.server.engine import BurstEngine
 from tests.server.helpers import DEFAULTS
 
@@ -60,7 +63,9 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing("torch-cpu", "ancat", "fp32") == "PyTorch is not installed"
     assert missing("onnxruntime", "ancat", "fp32") == "onnxruntime is not installed"
     install(monkeypatch, "torch", "tensorrt_rtx")
-    assert missing("tensorrt", "ancat", "fp32") == "engines are not served from TensorRT plans yet"
+    assert missing("tensorrt", "ancat", "fp32") == "engine ancat is not served from TensorRT plans yet"
+    reason = missing("tensorrt", "longlive", "int8")
+    assert reason == "engine longlive computes in fp32 or fp16 or bf16 with TensorRT, int8 is asked for"
     reason = missing("torch-cuda", "ancat", "fp32")
     assert reason == "engine ancat keeps the state of its sessions in host memory"
     for runtime in ("torch-cuda", "torch-cpu"):
@@ -210,6 +215,32 @@ def test_a_server_without_a_gpu_imports_no_pytorch_to_find_out() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout == "onnxruntime False\n", done.stderr
+
+
+def test_tensorrt_serves_from_plans_and_a_bundle_without_is_passed_over(
+    video_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(runtimes.BACKENDS, "tensorrt", ("tensorrt", "cpu"))
+    monkeypatch.setattr(gpu, "detect", lambda: Gpu("NVIDIA L4", "8.9", "570.86"))
+    lacking(monkeypatch)
+    config = ServerConfig(
+        runtimes=RUNTIMES, plan_directory=tmp_path / "plans", precision="fp16", video_slots=1
+    )
+    model = ModelConfig(bundle=video_bundle, runtimes=("tensorrt", "torch-cpu"), precision="fp32")
+    with installed() as builder:
+        loaded = load_engines(model, config)
+        assert loaded.choice.runtime == "torch-cpu"
+        (passed,) = loaded.choice.passed
+        assert passed.reason.startswith("there is no plan of small-video/prompt/float32 in ")
+        assert builder.built == 0
+        built = load_engines(model, config.model_copy(update={"build_plans": True}))
+        assert built.choice == Choice("tensorrt")
+        assert builder.built == 7
+        again = load_engines(model, config)
+        assert (again.choice, builder.built) == (Choice("tensorrt"), 7)
+    for each in (loaded, built, again):
+        for engine in each.engines:
+            engine.close()
 
 
 async def test_engines_that_were_handed_over_have_no_runtime() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from realtide.bundle import Bundle, BundleError, Precision, load_bundle
+from realtide.bundle import PRECISIONS, Bundle, BundleError, Precision, load_bundle
 from realtide.engines.easycontrol import loras
 from realtide.engines.easycontrol.config import (
     ConditionConfig,
@@ -38,7 +38,6 @@ from realtide.engines.runtime.program import Array
 from realtide.engines.runtime.slots import SlotPool
 from realtide.engines.runtime.weights import WeightFile
 
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 CACHE_BYTES = 1 << 28
 """Budget of the condition cache where nothing else is said; a condition always fits."""
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from realtide.engines.longlive.layout import DECODE, PASSES, TEXT, TEXT_GRAPH, T
 from realtide.engines.longlive.programs import FrameDecoder
 from realtide.engines.runtime.memory import HOST, Memory
 from realtide.engines.runtime.program import Array, Runs
+
+if TYPE_CHECKING:
+    from realtide.engines.runtime.tensorrt import PlanOf
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,30 @@ def torch(model: Model, count: int, threads: int, device: str) -> Loaded:
             for cache in caches:
                 warm_up(model, cache, memory)
     return Loaded(torch_programs.text_program(encoder), caches, memory)
+
+
+def tensorrt(model: Model, count: int, device: str, plan_of: PlanOf) -> Loaded:
+    """`count` caches over TensorRT plans, which are on the device once.
+
+    Raises:
+        ProgramError: a plan is missing or cannot be loaded, or the device has too little memory.
+    """
+    from realtide.engines.longlive import plan_programs
+    from realtide.engines.runtime import cuda_memory
+    from realtide.engines.runtime.tensorrt_program import Scratch
+    from realtide.engines.runtime.torch_memory import TorchMemory, out_of_memory
+
+    memory = TorchMemory(device)
+    with out_of_memory(f"{model.bundle.manifest.name} in {model.precision} with {count} caches"):
+        # One for the thread that denoises, one for the thread that decodes: each has a stream of its own.
+        denoising, decoding = (Scratch(cuda_memory.CudaDevice(memory.index)) for _ in range(2))
+        passes = plan_programs.PassPlans(plan_of, model.config, denoising, device)
+        halves = plan_programs.HalfPlans(plan_of, decoding, device)
+        text = plan_programs.text_program(plan_of, TEXT_GRAPH, denoising, device)
+        caches = plan_programs.caches(passes, halves, count)
+        for cache in caches:
+            warm_up(model, cache, memory)
+    return Loaded(text, caches, memory)
 
 
 def warm_up(model: Model, cache: Cache, memory: Memory) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from realtide.bundle import Bundle, BundleError, load_bundle, torch_precision
+from realtide.bundle import PRECISIONS, Bundle, BundleError, gpu_precision, load_bundle
 from realtide.engines.engine import Session, StageTimer
 from realtide.engines.longlive import backends
 from realtide.engines.longlive.caches import Cache, CachePool
@@ -31,11 +32,14 @@ from realtide.engines.longlive.timeline import Timeline
 from realtide.engines.longlive.tokenizer import PromptTokenizer
 from realtide.engines.longlive.types import VideoEvent, VideoModelInfo, VideoOptions
 from realtide.engines.runtime.memory import HOST, Memory
+from realtide.engines.runtime.program import ProgramError
 from realtide.engines.runtime.slots import SlotPool
 from realtide.engines.runtime.weights import WeightFile
 
+if TYPE_CHECKING:
+    from realtide.engines.runtime.tensorrt import PlanOf
+
 Float32 = NDArray[np.float32]
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 
 
 class LongLiveEngine:
@@ -190,6 +194,7 @@ def load(
     step_latency: float = 0.0,
     backend: str = "onnxruntime",
     device: str = "cpu",
+    plan_of: PlanOf | None = None,
     resident: int | None = None,
 ) -> LongLiveEngine:
     """Load a bundle into an engine.
@@ -202,8 +207,9 @@ def load(
             ``fp32`` and ``bf16``, whatever graphs the bundle has.
         threads: threads of one program.
         step_latency: not used: frames are due when they are played.
-        backend: ``onnxruntime``, or ``torch`` where PyTorch is installed.
-        device: of the backend ``torch``: ``cpu``, or ``cuda:0``.
+        backend: ``onnxruntime``, ``torch`` where PyTorch is installed, or ``tensorrt``.
+        device: of the backends ``torch`` and ``tensorrt``: ``cpu``, or ``cuda:0``.
+        plan_of: where the backend ``tensorrt`` has plans in this precision from.
         resident: sessions whose caches are in memory, at most `slots`; None: all.
 
     Raises:
@@ -211,7 +217,7 @@ def load(
     """
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     long = None if precision is None else PRECISIONS.get(precision, precision)
-    wanted = torch_precision(long) if backend == "torch" else loaded.precision(long)
+    wanted = loaded.precision(long) if backend == "onnxruntime" else gpu_precision(backend, long)
     architecture, limits = loaded.manifest.architecture, loaded.manifest.limits
     try:
         config = VideoConfig(
@@ -233,7 +239,11 @@ def load(
         raise BundleError(f"{loaded.directory}: assets.tokenizer: {error}") from None
     model = backends.Model(loaded, wanted, config, vae, text, WeightFile(loaded.weights))
     count = min(resident or slots, slots)
-    if backend == "torch":
+    if backend == "tensorrt":
+        if plan_of is None:
+            raise ProgramError("the backend tensorrt needs plans")
+        made = backends.tensorrt(model, count, device, plan_of)
+    elif backend == "torch":
         made = backends.torch(model, count, threads, device)
     else:
         made = backends.onnx(model, count, threads)

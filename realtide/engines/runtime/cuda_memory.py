@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,6 +52,10 @@ class Device(Protocol):
         """Copy a buffer's beginning into a tensor of the caller's, on the device."""
         ...
 
+    def view(self, buffer: Buffer, dtype: str, shape: tuple[int, ...]) -> Any:
+        """A buffer's beginning as a tensor of the caller's framework; `dtype` as numpy names it."""
+        ...
+
     def wait(self) -> None:
         """Wait until all is done. The only call that blocks the host."""
         ...
@@ -72,6 +77,11 @@ class _TorchBuffer:
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
         self.address, self.size = int(tensor.data_ptr()), int(tensor.numel())
+
+
+def shaped(flat: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """The beginning of a tensor of bytes as one of another type and shape; it shares the memory."""
+    return flat[: prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 class CudaDevice:
@@ -137,6 +147,11 @@ class CudaDevice:
         flat = tensor.view(-1).view(self._torch.uint8)
         with self._torch.cuda.stream(self._stream):
             flat.copy_(buffer.tensor[: flat.numel()], non_blocking=True)
+
+    def view(self, buffer: Buffer, dtype: str, shape: tuple[int, ...]) -> Any:
+        """See `Device.view`."""
+        assert isinstance(buffer, _TorchBuffer)
+        return shaped(buffer.tensor, getattr(self._torch, dtype), shape)
 
     def _pinned(self, buffer: _TorchBuffer) -> Any:
         if buffer.address not in self._staging:

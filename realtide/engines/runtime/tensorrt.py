@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +49,25 @@ class Sizes:
             raise ValueError(
                 f"sizes must not fall and not be negative, got {(self.least, self.usual, self.most)}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A serialized plan.
+
+    Attributes:
+        label: what messages call it.
+        data: as the plan cache or the builder gives it.
+        graph: what it was built of.
+    """
+
+    label: str
+    data: bytes = field(repr=False)
+    graph: GraphInfo = field(repr=False)
+
+
+PlanOf = Callable[[str], Plan]
+"""The plan of a program, by the program's name. Raises ProgramError: there is none, in one sentence."""
 
 
 class TimingCache:
@@ -158,6 +177,7 @@ def build_engine(
     weights: Mapping[str, Array],
     sizes: Mapping[str, Sizes] | None = None,
     options: BuildOptions | None = None,
+    label: str | None = None,
 ) -> bytes:
     """Compile a graph.
 
@@ -166,6 +186,7 @@ def build_engine(
         weights: values of the external initializers by name; extra names are ignored.
         sizes: of each dynamic dimension, by its name in the graph.
         options: target, timing cache, progress.
+        label: what messages call the graph; None: its path.
 
     Returns:
         The serialized engine.
@@ -175,7 +196,7 @@ def build_engine(
             TensorRT refuses the graph; the message carries what it says.
     """
     trt, options = load(), options or BuildOptions()
-    label = "graph" if isinstance(graph, bytes) else str(graph)
+    label = label or ("graph" if isinstance(graph, bytes) else str(graph))
     try:
         data = graph if isinstance(graph, bytes) else Path(graph).read_bytes()
     except OSError as error:
@@ -194,6 +215,7 @@ def build_engine(
             profile.set_shape(name, least, usual, most)
         if config.add_optimization_profile(profile) < 0:
             raise ProgramError(f"{label}: {joined(said) or 'the sizes are refused'}")
+    config.clear_flag(trt.BuilderFlag.TF32)  # a graph in float32 means float32
     _set_target(trt, config, options.capability)
     timing = options.timing if times_kernels(trt) else None
     if timing is not None and not config.set_timing_cache(config.create_timing_cache(timing.data), False):

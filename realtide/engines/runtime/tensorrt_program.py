@@ -1,6 +1,6 @@
 """Programs on TensorRT: caches bound in place, one activation buffer for many engines, CUDA graphs (ours).
 
-Inputs of `run` are copied to buffers that were made once, for the largest shapes of the plan's profile;
+Arrays that `run` is fed are copied to buffers made once, for the largest shapes of the plan's profile;
 outputs are copied back, and that copy is the only thing the host waits for. `run_on_device` takes and gives
 what is on the device and waits for nothing. Where shapes and addresses are those of earlier runs, the step is
 replayed as one CUDA graph instead of being enqueued kernel by kernel.
@@ -155,7 +155,8 @@ class TensorrtProgram:
         engine = self._plan.engine
         self._bindings: Bindings = bindings_of(self._label, engine, graph, share=share_state)
         self._scratch.reserve(int(engine.device_memory_size_v2))
-        self._inputs = {spec.name: self._device.allocate(most) for spec, most in self._bindings.inputs}
+        self._most = {spec.name: most for spec, most in self._bindings.inputs}
+        self._inputs: dict[str, Buffer] = {}
         self._outputs: dict[str, Buffer] = {}
         self._set_up(state)
 
@@ -189,11 +190,13 @@ class TensorrtProgram:
         self._device.after_caller()
         given = {}
         for name, array in checked:
-            buffer = self._inputs[name]
-            if array.nbytes > buffer.size:
+            if array.nbytes > self._most[name]:
                 raise ProgramError(
                     f"{self._label}: input {name!r} {list(array.shape)} is larger than the plan allows"
                 )
+            if name not in self._inputs:  # made when the first array comes: tensors need none
+                self._inputs[name] = self._device.allocate(self._most[name])
+            buffer = self._inputs[name]
             self._device.upload(buffer, array)
             given[name] = array.shape, buffer.address
         shapes = self._step(given)
@@ -205,7 +208,7 @@ class TensorrtProgram:
         self._device.wait()
         return results
 
-    def run_on_device(self, feeds: Mapping[str, Any]) -> dict[str, tuple[int, tuple[int, ...]]]:
+    def run_on_device(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Run once on what is on the device; waits for nothing.
 
         Args:
@@ -213,7 +216,7 @@ class TensorrtProgram:
                 caller's stream is past this call.
 
         Returns:
-            Address and shape of each output, in memory that the next run overwrites.
+            A tensor for each output, whose memory the next run overwrites.
 
         Raises:
             ProgramError: a tensor does not fit, or TensorRT refuses the shapes.
@@ -228,7 +231,10 @@ class TensorrtProgram:
         self._device.after_caller()
         shapes = self._step(given)
         self._device.before_caller()
-        return {name: (self._outputs[name].address, shape) for name, shape in shapes.items()}
+        return {
+            spec.name: self._device.view(self._outputs[spec.name], spec.dtype.name, shapes[spec.name])
+            for spec in self._graph.outputs
+        }
 
     def _set_up(self, state: Mapping[str, Any]) -> None:
         """Contexts of its own for this state."""

@@ -30,6 +30,11 @@ class TorchMemory:
         """See `Memory.device`."""
         return str(self._device)
 
+    @property
+    def index(self) -> int:
+        """Which of the devices of its kind."""
+        return self._device.index or 0
+
     def enter(self) -> None:
         """See `Memory.enter`: the thread gets a stream of its own."""
         if self._device.type == "cuda":

@@ -110,7 +110,7 @@ def test_bfloat16_is_near_float32_and_goes_on_from_its_own_checkpoints(video_bun
 
 def test_pytorch_computes_in_float32_and_bfloat16_only(video_bundle: Path) -> None:
     with pytest.raises(
-        BundleError, match="precision must be float32 or bfloat16 with PyTorch, not 'float16'"
+        BundleError, match="precision must be one of float32, bfloat16 with the backend torch, not 'float16'"
     ):
         engine(video_bundle, precision="fp16")
 

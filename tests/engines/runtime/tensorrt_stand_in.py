@@ -7,14 +7,17 @@ order gives wrong numbers here too.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Mapping
 from math import prod
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
+from realtide.engines.runtime.cuda_memory import shaped
 from realtide.engines.runtime.onnx_file import GraphInfo, read_graph
 from realtide.engines.runtime.ort import OrtProgram
 from realtide.engines.runtime.program import NEXT, Array, TensorSpec
@@ -23,6 +26,11 @@ from realtide.engines.runtime.tensorrt_program import LoadedPlan
 
 PACKAGE = SimpleNamespace(ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"))
 KINDS = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "bool": "BOOL", "int32": "INT32"}
+
+
+_STREAMS = itertools.count(77)
+_DEVICES: WeakValueDictionary[int, HostDevice] = WeakValueDictionary()
+"""By the handle of their stream: an engine has no other way to know where it runs."""
 
 
 class Memory:
@@ -36,9 +44,9 @@ class Memory:
 class HostDevice:
     """A device whose stream runs everything at once."""
 
-    stream = 77
-
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
+        self.stream = next(_STREAMS)
+        _DEVICES[self.stream] = self
         self.calls: list[str] = []
         self.recording: list[Callable[[], None]] | None = None
         self.buffers: list[Memory] = []
@@ -69,6 +77,10 @@ class HostDevice:
             flat.copy_(torch.from_numpy(buffer.array[: flat.numel()]))
 
         self.enqueue(work)
+
+    def view(self, buffer: Any, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+        view: torch.Tensor = shaped(torch.from_numpy(buffer.array), getattr(torch, dtype), shape)
+        return view
 
     def wait(self) -> None:
         self.calls.append("wait")
@@ -215,11 +227,11 @@ class Context:
         return self.engine.output_bytes.get(name, prod(self.get_tensor_shape(name)) * spec.dtype.itemsize)
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == HostDevice.stream
+        device = _DEVICES[stream]
         assert self.scratch is not None
         engine, addresses, shapes = self.engine, dict(self.addresses), dict(self.shapes)
         assert set(addresses) == set(engine.tensors)  # TensorRT wants every tensor bound
-        if engine.device.recording is not None:
+        if device.recording is not None:
             assert self.settled  # after new shapes TensorRT sets things up, which cannot be captured
             assert not self.captured
             self.captured = True
@@ -227,7 +239,7 @@ class Context:
         outputs = {spec.name: self.get_tensor_shape(spec.name) for spec in engine.info.outputs}
 
         def work() -> None:
-            engine.device.calls.append("execute")
+            device.calls.append("execute")
 
             def at(name: str, shape: tuple[int, ...], address: int | None = None) -> Array:
                 spec = engine.tensors[name]
@@ -246,7 +258,7 @@ class Context:
                 at(name + NEXT, array.shape)[...] = array
 
         self.call("enqueue")
-        self.engine.device.enqueue(work)
+        device.enqueue(work)
         return "enqueue" not in self.refuse
 
 
