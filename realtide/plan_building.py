@@ -64,6 +64,8 @@ def build_plans(
 ) -> list[Built]:
     """Build what the cache lacks. A program that cannot be built is told, and the others are built.
 
+    Programs that are for processors only (`HOST_ONLY` of the engine's graphs) are passed over.
+
     Args:
         bundle: with the weights.
         precision: of `graphs`.
@@ -80,6 +82,8 @@ def build_plans(
     """
     source = _Source(bundle, precision, cache, gpu, max_batch, on_progress)
     found = []
+    host = engine_graphs(bundle).HOST_ONLY
+    graphs = {program: path for program, path in graphs.items() if program not in host}
     for number, (program, path) in enumerate(graphs.items()):
         on_program(program, number, len(graphs))
         about, key, builds = subject(bundle, program, precision), None, source.builds

@@ -24,9 +24,6 @@ from tests import graph_samples
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BUNDLES = sorted(path.parent.name for path in MODELS.glob("*/manifest.yaml"))
 
-LACKING = {("ancat", "encoder"): "NonZero"}
-"""What TensorRT for RTX has no kernel for, by engine and program. What is built in spite of it fails here."""
-
 
 @pytest.fixture(scope="module", params=BUNDLES)
 def half(
@@ -64,17 +61,13 @@ def test_tensorrt_compiles_every_graph(half: tuple[Bundle, dict[str, Path]], tmp
     cache = PlanCache(tmp_path / "plans")
     rows = build_plans(bundle, "float16", paths, cache, gpu=PORTABLE, max_batch=4)
     for row in rows:
-        reason = LACKING.get((bundle.manifest.engine, row.program))
-        if reason:
-            assert reason in row.problem
-        else:
-            assert (row.problem, row.fresh) == ("", True), row
-            assert row.size > 1000
-    again = build_plans(
-        bundle, "float16", {row.program: paths[row.program] for row in rows if row.fresh}, cache,
-        gpu=PORTABLE, max_batch=4,
-    )  # fmt: skip
-    assert [row.fresh for row in again] == [False] * len(again)
+        assert (row.problem, row.fresh) == ("", True), row
+        assert row.size > 1000
+    # The encoder's step of fixed shapes stands for the one that works on what it finds.
+    left_out = {"ancat": {"encoder"}}.get(bundle.manifest.engine, set())
+    assert {row.program for row in rows} == set(paths) - left_out
+    again = build_plans(bundle, "float16", paths, cache, gpu=PORTABLE, max_batch=4)
+    assert [row.fresh for row in again] == [False] * len(rows)
     assert {entry.header.subject for entry in cache.entries() if entry.header} == {
         row.subject for row in again
     }

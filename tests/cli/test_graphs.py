@@ -34,11 +34,12 @@ def joiner(tmp_path: Path) -> Path:
 def test_export_writes_graphs_and_a_report(run: Run, tmp_path: Path) -> None:
     done = run("models", "export", SPEECH, "--precision", "fp16")
     assert (done.code, done.err) == (0, "")
-    titles, encoder, joiner, last = done.out.splitlines()
+    titles, encoder, static, joiner, last = done.out.splitlines()
     assert titles.split() == ["PROGRAM", "GRAPH", "WORST", "OUTPUT", "REL", "L2", "MAX", "ABS", "PEAK"]
     assert encoder.split()[:2] == ["encoder", "narrowed"]
+    assert static.split()[:2] == ["encoder_static", "narrowed"]
     assert joiner.split()[:3] == ["joiner", "narrowed", "log_probs"]
-    assert last == "2 graphs and report.json in ancat-commands-en-fp16"
+    assert last == "3 graphs and report.json in ancat-commands-en-fp16"
     report = json.loads((tmp_path / "ancat-commands-en-fp16" / "report.json").read_text())
     assert (report["precision"], report["within"]) == ("float16", True)
     again = run("models", "export", SPEECH, "--precision", "fp16", "--out", "other", "--json")
@@ -56,7 +57,10 @@ def test_export_says_what_is_not_measured(run: Run) -> None:
 def test_export_fails_where_the_report_is_out_of_bounds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(variants.BOUNDS, "float16", 1e-6)
     done = run("models", "export", SPEECH, "--precision", "fp16")
-    assert (done.code, done.err) == (1, "realtide: further from float32 than 1e-06: encoder, joiner\n")
+    assert (done.code, done.err) == (
+        1,
+        "realtide: further from float32 than 1e-06: encoder, encoder_static, joiner\n",
+    )
 
 
 def test_precisions_that_cannot_be_had_are_refused(run: Run) -> None:
@@ -109,10 +113,23 @@ def test_plans_are_built_listed_inspected_and_removed(run: Run, joiner: Path, tm
     assert run("models", "plans", "remove", "--cache", str(cache)).code == 2
 
 
-def test_what_tensorrt_lacks_is_named_and_the_rest_is_built(run: Run, tmp_path: Path) -> None:
-    done = run("models", "build", SPEECH, "--cache", str(tmp_path / "plans"))
+def test_what_tensorrt_lacks_is_named_and_the_rest_is_built(run: Run, joiner: Path, tmp_path: Path) -> None:
+    import onnx
+    import yaml
+
+    values = yaml.safe_load((joiner / "manifest.yaml").read_text())
+    values["programs"]["odd"] = {"float32": "odd.onnx"}
+    values["files"].append({"path": "odd.onnx", "size": 0, "sha256": "0" * 64})
+    (joiner / "manifest.yaml").write_text(yaml.safe_dump(values))
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [4])
+    found = onnx.helper.make_tensor_value_info("found", onnx.TensorProto.INT64, [1, "n"])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("NonZero", ["x"], ["found"])], "odd", [x], [found])
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), joiner / "odd.onnx"
+    )
+    done = run("models", "build", str(joiner), "--cache", str(tmp_path / "plans"))
     assert done.code == 1
-    assert done.err.startswith("realtide: encoder: ")
+    assert done.err.startswith("realtide: odd: ")
     assert "NonZero" in done.err
     assert done.out.splitlines()[-1].startswith("1 of 2 plans in ")
 
@@ -149,7 +166,9 @@ def test_graphs_are_described(run: Run) -> None:
 
     rows = json.loads(run("models", "inspect", SPEECH, "--json").out)
     assert {(row["program"], row["precision"]) for row in rows} == {
-        ("encoder", "float32"), ("encoder", "int8"), ("joiner", "float32"), ("joiner", "int8"),
+        (program, precision)
+        for program in ("encoder", "encoder_static", "joiner")
+        for precision in ("float32", "int8")
     }  # fmt: skip
     table = run("models", "inspect", SPEECH).out
     assert "encoded float32[rows, 160]" in table

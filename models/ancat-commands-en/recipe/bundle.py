@@ -95,8 +95,8 @@ def main() -> None:
     parse.add_argument("--tokenizer", type=Path, required=True)
     parse.add_argument("--out", type=Path, required=True)
     parse.add_argument("--name", default="ancat-commands-en")
-    parse.add_argument("--version", default="1.3.1", help="semantic version of the bundle")
-    parse.add_argument("--created", default="2026-11-25", help="YYYY-MM-DD")
+    parse.add_argument("--version", default="1.4.0", help="semantic version of the bundle")
+    parse.add_argument("--created", default="2026-11-26", help="YYYY-MM-DD")
     parse.add_argument("--scores", type=Path, help="what evaluate.py wrote")
     parse.add_argument("--calibration", type=Path, nargs="*", default=[], help="development pools for int8")
     parse.add_argument(

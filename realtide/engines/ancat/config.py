@@ -10,6 +10,7 @@ Rule = Literal["adaptive", "causal", "layerwise", "chunked"]
 
 # Keep logits stay within +-6: a bias beyond that opens every arc, or none, so it is also the dial's range.
 LOGIT_BOUND = 6.0
+GROUP = 4  # most nodes of a stream that attend together
 NO_CAP = 1 << 40  # frames; a cap on the lookahead that never binds
 
 
@@ -116,6 +117,11 @@ def state_shapes(config: EncoderConfig, step_frames: int) -> dict[str, tuple[int
             shapes[f"available_{layer}"] = (short, (), "float64")
         shapes[f"conv_{layer}"] = (short, (config.dim,), "float32")
     return shapes
+
+
+def static_lanes(step_frames: int) -> int:
+    """Frames of a stream that a call of the static step takes: one group of attention."""
+    return min(GROUP, step_frames)
 
 
 def static_shapes(config: EncoderConfig, step_frames: int) -> dict[str, tuple[int, tuple[int, ...], str]]:

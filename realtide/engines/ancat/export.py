@@ -12,10 +12,18 @@ import torch
 from safetensors.numpy import save_file
 
 from realtide.bundle import Manifest, write_manifest
-from realtide.engines.ancat.config import NO_CAP, EncoderConfig, state_shapes, threshold
+from realtide.engines.ancat.config import (
+    NO_CAP,
+    EncoderConfig,
+    state_shapes,
+    static_lanes,
+    static_shapes,
+    threshold,
+)
 from realtide.engines.ancat.frontend import Float32, FrontendConfig
 from realtide.engines.ancat.model import JoinerProgram, Transducer
 from realtide.engines.ancat.stream import StreamStep
+from realtide.engines.ancat.stream_static import STATIC_OUTPUTS, StaticStep
 from realtide.engines.ancat.torch_programs import OUTPUTS, build
 from realtide.engines.runtime.export import export_program
 from realtide.engines.runtime.int8 import calibrate, quantize_graph
@@ -23,6 +31,7 @@ from realtide.engines.runtime.program import Array
 from realtide.engines.runtime.weights import WeightFile
 
 WEIGHTS = "weights.safetensors"
+STATIC_GRAPH = "onnx/encoder_static.onnx"
 OPSET = 20
 
 
@@ -73,9 +82,9 @@ def export_encoder(model: Transducer, step_frames: int, path: Path) -> None:
         name: {0: "streams"} for name in ("slots", "arrived", "least", "cap", "final") if name in inputs
     }
     dynamic |= {name: {0: "counted" if name in ("counts", "newest") else "rows"} for name in state}
-    module: torch.nn.Module = StreamStep(model.encoder, step_frames)
+    module: Any = StreamStep(model.encoder, step_frames)
     if config.rule == "causal":
-        module = _Causal(StreamStep(model.encoder, step_frames))
+        module = _Causal(module, len(inputs))
     outputs = OUTPUTS
     examples = [{name: call[name] for name in inputs} for call in calls]
     # The examples are noise, on which rows reach far beyond those of speech; so does what rounding moves.
@@ -91,22 +100,57 @@ def export_encoder(model: Transducer, step_frames: int, path: Path) -> None:
     )
 
 
-class _Causal(torch.nn.Module):
-    """The step of a causal encoder, whose graph has no dial."""
+def export_static(model: Transducer, step_frames: int, path: Path) -> None:
+    """Export the step whose shapes depend on no value, compared with the module as `export_encoder` does."""
+    config, lanes, slots = model.config, static_lanes(step_frames), 4
+    shapes = static_shapes(config, step_frames)
+    state = {
+        name: torch.zeros(slots * rows, *shape, dtype=getattr(torch, dtype))
+        for name, (rows, shape, dtype) in shapes.items()
+    }
+    calls = []
+    done = [0, 0, 0]
+    some = (lanes + 1) // 2
+    for seed, frames in enumerate(([lanes, some, 1], [some, lanes], [0, 0, lanes], [lanes] * 3, [1, 0, 0])):
+        calls.append(static_example(config, frames, done, lanes, final=seed == 4, seed=seed))
+        done = [d + n for d, n in zip(done, [*frames, 0], strict=False)]
+    module: Any = StaticStep(model.encoder, step_frames, lanes)
+    if config.rule == "causal":
+        calls = [{k: v for k, v in call.items() if k not in ("least", "cap", "final")} for call in calls]
+        module = _Causal(module, len(calls[0]))
+    # Rings of one size have one name: TensorRT holds dimensions of one name to be equal.
+    long, short = config.long_ring(step_frames) * config.heads, config.short_ring(step_frames)
+    names = {long: "long", short: "short", 1: "slots"}
+    dynamic = {name: {0: "streams"} for name in calls[0]}
+    dynamic |= {name: {0: names[rows]} for name, (rows, _, _) in shapes.items()}
+    export_program(module, calls, state, STATIC_OUTPUTS, path, dynamic=dynamic, opset=OPSET, tolerance=5e-4)
 
-    def __init__(self, step: StreamStep) -> None:
+
+def static_example(
+    config: EncoderConfig, frames: list[int], done: list[int], lanes: int, *, final: bool, seed: int
+) -> dict[str, torch.Tensor]:
+    """`example`, with the frames in lanes."""
+    call = example(config, frames, done[: len(frames)], final=final, seed=seed)
+    windows = torch.zeros(len(frames), lanes, config.window, config.mel_bins)
+    for lane, part in zip(windows, torch.split(call["windows"], frames), strict=True):
+        lane[: len(part)] = part
+    rest = {name: call[name] for name in ("slots", "arrived", "least", "cap", "final")}
+    return {"windows": windows, "fresh": torch.tensor(frames), **rest}
+
+
+class _Causal(torch.nn.Module):
+    """The step of a causal encoder, whose graph has no dial: inputs are those before `least`."""
+
+    def __init__(self, step: StreamStep | StaticStep, inputs: int) -> None:
         super().__init__()
         self.encoder = step.encoder
-        self._step = (step,)  # not a submodule: its weights are listed once
+        self._step, self._inputs = (step,), inputs  # not a submodule: its weights are listed once
 
-    def forward(
-        self, windows: torch.Tensor, stream: torch.Tensor, position: torch.Tensor, slots: torch.Tensor,
-        arrived: torch.Tensor, *state: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        """See `StreamStep.forward`."""
-        none = torch.zeros_like(slots)
-        step = self._step[0]
-        return step.forward(windows, stream, position, slots, arrived, none.float(), none, none, *state)
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Inputs, then state; see the step's own forward."""
+        given, state = tensors[: self._inputs], tensors[self._inputs :]
+        none = torch.zeros_like(given[-1])
+        return self._step[0].forward(*given, none.float(), none, none, *state)
 
 
 def export_joiner(model: Transducer, path: Path) -> None:
@@ -209,14 +253,16 @@ def write_bundle(
     save_file(stored, directory / WEIGHTS)
     model = build(config, WeightFile(directory / WEIGHTS))
     export_encoder(model, step_frames, directory / "onnx" / "encoder.onnx")
+    export_static(model, step_frames, directory / STATIC_GRAPH)
     export_joiner(model, directory / "onnx" / "joiner.onnx")
     precisions, encoders = ["float32"], {"float32": "onnx/encoder.onnx"}
-    joiners = {"float32": "onnx/joiner.onnx"}
+    joiners, static = {"float32": "onnx/joiner.onnx"}, {"float32": STATIC_GRAPH}
     if calibration:
         export_int8(config, step_frames, directory, calibration)
         precisions.append("int8")
         encoders["int8"] = "onnx/encoder.int8.onnx"
         joiners["int8"] = "onnx/joiner.onnx"  # small, and its input is every score's: it stays float
+        static["int8"] = STATIC_GRAPH  # int8 is for the CPU, which has no use for it
     shutil.copyfile(tokenizer, directory / "tokenizer.model")
     architecture = {
         "encoder": config.to_dict(),
@@ -232,7 +278,7 @@ def write_bundle(
             "architecture": architecture,
             "precisions": precisions,
             "weights": WEIGHTS,
-            "programs": {"encoder": encoders, "joiner": joiners},
+            "programs": {"encoder": encoders, "encoder_static": static, "joiner": joiners},
             "assets": {"tokenizer": "tokenizer.model"},
             **manifest,
         },

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from realtide.engines.ancat.config import NO_CAP, EncoderConfig, state_shapes, threshold
+from realtide.engines.ancat.config import (
+    NO_CAP,
+    EncoderConfig,
+    state_shapes,
+    static_lanes,
+    static_shapes,
+    threshold,
+)
 from realtide.engines.runtime.program import Array
 from realtide.engines.runtime.quality import Sample
 from realtide.engines.runtime.tensorrt import Sizes
@@ -15,13 +22,16 @@ from realtide.engines.runtime.tensorrt import Sizes
 INT8: tuple[str, ...] = ()
 """None without recordings: ranges of activations are calibrated, by the recipe."""
 
+HOST_ONLY = ("encoder",)
+"""Programs without TensorRT plans: its shapes depend on values. `encoder_static` computes the same there."""
+
 
 def sizes(manifest: Mapping[str, Any], max_batch: int) -> dict[str, dict[str, Sizes]]:
     """Sizes of the dynamic dimensions by program and name.
 
     Args:
         manifest: `architecture` and `limits` of the manifest.
-        max_batch: most streams in one step; there are slots for four times as many.
+        max_batch: most streams in one step; there are slots for four times as many, and one to spare.
     """
     config = EncoderConfig.from_dict(manifest["architecture"]["encoder"])
     step = int(manifest["architecture"]["step_frames"])
@@ -33,7 +43,19 @@ def sizes(manifest: Mapping[str, Any], max_batch: int) -> dict[str, dict[str, Si
         "rows": Sizes(min(rings), slots * min(rings), slots * max(rings)),
         "counted": Sizes(1, slots, slots),
     }
-    return {"encoder": encoder, "joiner": {"rows": Sizes(1, max_batch, step * max_batch)}}
+    static = {
+        "streams": Sizes(1, max_batch, max_batch),
+        "long": _slots(config.heads * config.long_ring(step), slots + 1),
+        "short": _slots(config.short_ring(step), slots + 1),
+        "slots": _slots(1, slots + 1),
+    }
+    joiner = {"rows": Sizes(1, max_batch, step * max_batch)}
+    return {"encoder": encoder, "encoder_static": static, "joiner": joiner}
+
+
+def _slots(rows: int, slots: int) -> Sizes:
+    """Of an array with so many rows a slot."""
+    return Sizes(2 * rows, slots * rows, slots * rows)
 
 
 def samples(manifest: Mapping[str, Any]) -> dict[str, Sample]:
@@ -45,7 +67,7 @@ def samples(manifest: Mapping[str, Any]) -> dict[str, Sample]:
         name: np.zeros((4 * rows, *shape), dtype)
         for name, (rows, shape, dtype) in state_shapes(config, step).items()
     }
-    frames, done = min(4, step), np.zeros(3, np.int64)
+    frames, done = static_lanes(step), np.zeros(3, np.int64)
     calls: list[dict[str, Array]] = []
     for number in range(6):
         arrived = done + frames
@@ -70,4 +92,23 @@ def samples(manifest: Mapping[str, Any]) -> dict[str, Sample]:
         "encoded": rng.standard_normal((7, config.joiner_dim)).astype(np.float32),
         "contexts": rng.integers(0, config.vocab, (7, 2)),
     }
-    return {"encoder": Sample(calls, state), "joiner": Sample([joiner], {})}
+    return {
+        "encoder": Sample(calls, state),
+        "encoder_static": _static_sample(config, step, calls),
+        "joiner": Sample([joiner], {}),
+    }
+
+
+def _static_sample(config: EncoderConfig, step: int, calls: Sequence[Mapping[str, Array]]) -> Sample:
+    """The same conversation for the static step: as many frames a stream and call as it has lanes."""
+    lanes = static_lanes(step)
+    state = {
+        name: np.zeros((4 * rows, *shape), dtype)
+        for name, (rows, shape, dtype) in static_shapes(config, step).items()
+    }
+    found: list[dict[str, Array]] = []
+    for call in calls:
+        rest = {name: call[name] for name in ("slots", "arrived", "least", "cap", "final") if name in call}
+        windows = call["windows"].reshape(len(call["slots"]), lanes, config.window, config.mel_bins)
+        found.append({"windows": windows, "fresh": np.full(len(windows), lanes), **rest})
+    return Sample(found, state)

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from realtide.engines.ancat.config import EncoderConfig
-
-GROUP = 4  # most nodes that attend together
+from realtide.engines.ancat.config import GROUP, EncoderConfig
 
 
 def group_size(config: EncoderConfig, lanes: int) -> int:

@@ -23,6 +23,8 @@ from realtide.engines.ancat.model import Block, Encoder
 from realtide.engines.ancat.stream_layer import FOUND, LayerStep, write_rows
 from realtide.engines.ancat.stream_positions import Positions
 
+STATIC_OUTPUTS = ("encoded", "available", "count", "more")
+
 
 class StaticStep(nn.Module):
     """The encoder's step.

@@ -18,6 +18,9 @@ from realtide.engines.runtime.tensorrt import Sizes
 INT8 = (PROGRAMS.remember, PROGRAMS.denoise)
 """Programs whose matrix products are worth int8 on a CPU."""
 
+HOST_ONLY: tuple[str, ...] = ()
+"""Programs without TensorRT plans."""
+
 
 def sizes(manifest: Mapping[str, Any], max_batch: int) -> dict[str, dict[str, Sizes]]:
     """Sizes of the dynamic dimensions by program and name.

@@ -27,6 +27,9 @@ from realtide.engines.runtime.tensorrt import Sizes
 INT8 = (PASSES.denoise, PASSES.clean, PASSES.recache)
 """Programs whose matrix products are worth int8 on a CPU; see int8.py."""
 
+HOST_ONLY: tuple[str, ...] = ()
+"""Programs without TensorRT plans."""
+
 
 def architecture(values: Mapping[str, Any]) -> tuple[VideoConfig, VaeConfig, TextConfig]:
     """The shapes in a manifest's `architecture`. Raises KeyError, TypeError, ValueError."""

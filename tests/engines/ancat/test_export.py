@@ -10,8 +10,9 @@ import torch
 
 from realtide.bundle import load_bundle, verify
 from realtide.engines.ancat.config import EncoderConfig, state_shapes
-from realtide.engines.ancat.export import export_encoder
+from realtide.engines.ancat.export import export_encoder, export_static
 from realtide.engines.ancat.model import JoinerProgram
+from realtide.engines.runtime.onnx_file import read_graph
 from realtide.engines.runtime.ort import OrtProgram
 from realtide.engines.runtime.weights import WeightFile
 from tests.engines.ancat.conftest import SmallBundle
@@ -23,6 +24,7 @@ def test_what_the_bundle_holds(bundle: SmallBundle) -> None:
     assert verify(loaded) == []
     assert {file.path for file in loaded.manifest.files} == {
         "onnx/encoder.onnx",
+        "onnx/encoder_static.onnx",
         "onnx/joiner.onnx",
         "tokenizer.model",
         "weights.safetensors",
@@ -36,7 +38,7 @@ def test_what_the_bundle_holds(bundle: SmallBundle) -> None:
 
 
 def test_graphs_hold_no_weights(bundle: SmallBundle) -> None:
-    for name in ("encoder", "joiner"):
+    for name in ("encoder", "encoder_static", "joiner"):
         graph = onnx.load(bundle.path / "onnx" / f"{name}.onnx", load_external_data=False).graph
         names = {tensor.name for tensor in graph.initializer}
         held = [t for t in graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
@@ -63,6 +65,9 @@ def test_a_causal_encoder_has_no_dial_and_streams_the_same(tmp_path: Path) -> No
     model = wild(config)
     path = tmp_path / "causal.onnx"
     export_encoder(model, 8, path)
+    export_static(model, 8, tmp_path / "static.onnx")  # compared with its module, which streams as the oracle
+    static = read_graph((tmp_path / "static.onnx").read_bytes())
+    assert [spec.name for spec in static.inputs] == ["windows", "fresh", "slots", "arrived"]
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     state = {
         name: np.zeros((2 * rows, *shape), dtype)
