@@ -25,11 +25,9 @@ BACKENDS: dict[Runtime, tuple[str, str]] = {
 
 _DRIVER = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """One of these is there where NVIDIA's driver is."""
-# Engines that keep the state of their sessions where they compute.
-_ON_GPU = ("easycontrol", "longlive")
 _TORCH_PRECISIONS: dict[str, tuple[str, ...]] = {"longlive": ("fp32", "bf16")}
 _PLAN_PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
-_ON_PLANS = ("longlive",)
+_ON_PLANS = ("ancat", "longlive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +63,6 @@ def missing(runtime: Runtime, engine: str, precision: str) -> str | None:
             return "neither tensorrt nor tensorrt_rtx is installed"
         if engine not in _ON_PLANS:
             return f"engine {engine} is not served from TensorRT plans yet"
-    if runtime == "torch-cuda" and engine not in _ON_GPU:
-        return f"engine {engine} keeps the state of its sessions in host memory"
     if not _installed("torch"):
         return "PyTorch is not installed"
     if runtime == "tensorrt":

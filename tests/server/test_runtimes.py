@@ -63,11 +63,12 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing("torch-cpu", "ancat", "fp32") == "PyTorch is not installed"
     assert missing("onnxruntime", "ancat", "fp32") == "onnxruntime is not installed"
     install(monkeypatch, "torch", "tensorrt_rtx")
-    assert missing("tensorrt", "ancat", "fp32") == "engine ancat is not served from TensorRT plans yet"
+    assert (
+        missing("tensorrt", "easycontrol", "fp32")
+        == "engine easycontrol is not served from TensorRT plans yet"
+    )
     reason = missing("tensorrt", "longlive", "int8")
     assert reason == "engine longlive computes in fp32 or fp16 or bf16 with TensorRT, int8 is asked for"
-    reason = missing("torch-cuda", "ancat", "fp32")
-    assert reason == "engine ancat keeps the state of its sessions in host memory"
     for runtime in ("torch-cuda", "torch-cpu"):
         reason = missing(runtime, "ancat" if runtime == "torch-cpu" else "easycontrol", "int8")
         assert reason
@@ -85,6 +86,7 @@ def test_pytorch_is_asked_for_a_device(monkeypatch: pytest.MonkeyPatch, there: b
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     wanted = None if there else "PyTorch finds no CUDA device"
     assert missing("torch-cuda", "easycontrol", "fp32") == wanted
+    assert missing("torch-cuda", "ancat", "fp32") == wanted
 
 
 @pytest.mark.parametrize(

@@ -2,36 +2,39 @@
 
 A step takes what is complete of each session (at most `step_frames` encoder frames), runs the encoder on
 all of it in one call, again for streams whose burst did not fit, and hands the resolved rows to the
-decoder. Needs no PyTorch: programs come from ONNX graphs; `torch_programs` gives the same engine over the
-PyTorch modules.
+decoder. Needs no PyTorch where programs come from ONNX graphs; `backends` has the others.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from realtide.bundle import Bundle, BundleError, load_bundle
-from realtide.engines.ancat.config import LOGIT_BOUND, EncoderConfig, state_shapes, threshold
+from realtide.bundle import PRECISIONS, Bundle, BundleError, gpu_precision, load_bundle
+from realtide.engines.ancat import backends
+from realtide.engines.ancat.backends import Rows
+from realtide.engines.ancat.config import LOGIT_BOUND, EncoderConfig, threshold
 from realtide.engines.ancat.decoder import MAX_BEAM, Decoder
 from realtide.engines.ancat.frontend import Features, Float32, Frontend, FrontendConfig
 from realtide.engines.ancat.search import Int64
 from realtide.engines.ancat.session import SpeechSession, Work, unpack
+from realtide.engines.ancat.static_encoder import names
 from realtide.engines.ancat.tokenizer import Tokenizer
 from realtide.engines.ancat.types import SpeechEvent, SpeechOptions
 from realtide.engines.ancat.utterance import DecoderConfig
 from realtide.engines.ancat.words import WordTiming
 from realtide.engines.engine import CheckpointMismatch, Session, StageTimer
-from realtide.engines.runtime.program import Array, Program
-from realtide.engines.runtime.slots import SlotPool, SlotState
+from realtide.engines.runtime.program import Array, ProgramError, Runs
+from realtide.engines.runtime.slots import SlotPool
 from realtide.engines.runtime.weights import WeightFile
 
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
+if TYPE_CHECKING:
+    from realtide.engines.runtime.tensorrt import PlanOf
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,8 @@ class AncatEngine:
     def __init__(
         self,
         model: Model,
-        encoder: Program,
-        state: Mapping[str, Array],
+        encoder: Runs,
+        rows: Rows,
         *,
         slots: int,
         max_batch: int,
@@ -86,12 +89,11 @@ class AncatEngine:
         self._model = model
         self._encoder = encoder
         self._pool = SlotPool(slots)
-        shapes = state_shapes(model.config, model.step_frames)
-        self._rows = SlotState(state, {name: rows for name, (rows, _, _) in shapes.items()}, slots)
+        self._rows = rows
         self._max_batch = max_batch
         self._step_latency = step_latency
         self._features = Features(model.frontend, mean=model.mean, std=model.std)
-        self._inputs = tuple(spec.name for spec in encoder.inputs)
+        self._inputs = names(model.config)
 
     @property
     def name(self) -> str:
@@ -275,6 +277,8 @@ def load(
     threads: int = 1,
     step_latency: float = 0.05,
     backend: str = "onnxruntime",
+    device: str | None = None,
+    plan_of: PlanOf | None = None,
 ) -> AncatEngine:
     """Load a bundle into an engine.
 
@@ -282,16 +286,23 @@ def load(
         bundle: the bundle or its directory.
         slots: sessions that can be open at once.
         max_batch: most sessions in one step.
-        precision: ``fp32`` or ``int8``; None: the bundle's default.
+        precision: ``fp32`` or ``int8``; None: the bundle's default. PyTorch computes in ``fp32``, plans in
+            ``fp32``, ``fp16`` or ``bf16``.
         threads: threads of one program.
         step_latency: seconds within which a complete frame should be worked on (the executor's deadlines).
-        backend: ``onnxruntime``, or ``torch`` where PyTorch is installed.
+        backend: ``onnxruntime``, ``torch`` where PyTorch is installed, or ``tensorrt``.
+        device: of the backends ``torch`` and ``tensorrt``: ``cuda:0``, or ``cpu`` to run the same programs
+            there. None: the processor, with programs that suit it.
+        plan_of: where the backend ``tensorrt`` has plans in this precision from.
 
     Raises:
         BundleError, ProgramError: the bundle is not usable; the message names the file or the field.
     """
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    wanted = loaded.precision(None if precision is None else PRECISIONS.get(precision, precision))
+    long = None if precision is None else PRECISIONS.get(precision, precision)
+    wanted = gpu_precision(backend, long) if backend == "tensorrt" else loaded.precision(long)
+    if backend == "torch" and wanted != "float32":
+        raise BundleError(f"precision must be float32 with PyTorch, not {wanted!r}")
     architecture = loaded.manifest.architecture
     try:
         config = EncoderConfig.from_dict(architecture["encoder"])
@@ -303,34 +314,25 @@ def load(
         search = DecoderConfig(timing=timing, hard_max_utterance_ms=maximum, **architecture.get("search", {}))
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{loaded.directory}: architecture: {error}") from None
-    shapes = state_shapes(config, step_frames)
-    state: dict[str, Array] = {
-        name: np.zeros((slots * rows, *shape), dtype) for name, (rows, shape, dtype) in shapes.items()
-    }
     weights = WeightFile(loaded.weights)
-    if backend == "torch":
-        from realtide.engines.ancat.torch_programs import programs
-
-        encoder, joiner = programs(config, step_frames, weights, state, threads)
+    source = backends.Source(loaded, wanted, config, step_frames, slots, max_batch, weights)
+    if backend == "tensorrt":
+        if plan_of is None:
+            raise ProgramError("the backend tensorrt needs plans")
+        made = backends.tensorrt(source, device or "cpu", plan_of)
+    elif backend == "torch":
+        made = backends.torch(source, threads, device)
     else:
-        from realtide.engines.runtime.ort import OrtOptions, OrtProgram
-
-        options = OrtOptions(intra_op_num_threads=threads)
-        encoder = OrtProgram(loaded.graph("encoder", wanted), weights, state, options)
-        joiner = OrtProgram(loaded.graph("joiner", wanted), weights, {}, options)
+        made = backends.onnxruntime(source, threads)
     tokenizer = Tokenizer(loaded.asset("tokenizer"))
-    decoder = Decoder(
-        lambda enc, contexts: joiner.run({"encoded": enc, "contexts": contexts})["log_probs"],
-        tokenizer,
-        search,
-    )
+    decoder = Decoder(made.joiner, tokenizer, search)
     frame_ms = front.subsampling * front.shift_ms
     short = {long: name for name, long in PRECISIONS.items()}
     info = SpeechModelInfo(
         version=loaded.manifest.version,
         backend=backend,
         precision=short[wanted],
-        device="cpu",
+        device=device or "cpu",
         license=loaded.manifest.licence,
         language_codes=tuple(limits.get("language_codes", ("en-US",))),
         sample_rate=front.sample_rate,
@@ -346,4 +348,6 @@ def load(
     )
     mean, std = (np.asarray(weights[f"features.{name}"], np.float32) for name in ("mean", "std"))
     model = Model(loaded.manifest.name, info, config, step_frames, front, mean, std, decoder)
-    return AncatEngine(model, encoder, state, slots=slots, max_batch=max_batch, step_latency=step_latency)
+    return AncatEngine(
+        model, made.encoder, made.rows, slots=slots, max_batch=max_batch, step_latency=step_latency
+    )

@@ -23,7 +23,7 @@ from realtide.engines.ancat.config import (
 from realtide.engines.ancat.frontend import Float32, FrontendConfig
 from realtide.engines.ancat.model import JoinerProgram, Transducer
 from realtide.engines.ancat.stream import StreamStep
-from realtide.engines.ancat.stream_static import STATIC_OUTPUTS, StaticStep
+from realtide.engines.ancat.stream_static import STATIC_OUTPUTS, StaticStep, WithoutDial
 from realtide.engines.ancat.torch_programs import OUTPUTS, build
 from realtide.engines.runtime.export import export_program
 from realtide.engines.runtime.int8 import calibrate, quantize_graph
@@ -84,7 +84,7 @@ def export_encoder(model: Transducer, step_frames: int, path: Path) -> None:
     dynamic |= {name: {0: "counted" if name in ("counts", "newest") else "rows"} for name in state}
     module: Any = StreamStep(model.encoder, step_frames)
     if config.rule == "causal":
-        module = _Causal(module, len(inputs))
+        module = WithoutDial(module, len(inputs))
     outputs = OUTPUTS
     examples = [{name: call[name] for name in inputs} for call in calls]
     # The examples are noise, on which rows reach far beyond those of speech; so does what rounding moves.
@@ -117,7 +117,7 @@ def export_static(model: Transducer, step_frames: int, path: Path) -> None:
     module: Any = StaticStep(model.encoder, step_frames, lanes)
     if config.rule == "causal":
         calls = [{k: v for k, v in call.items() if k not in ("least", "cap", "final")} for call in calls]
-        module = _Causal(module, len(calls[0]))
+        module = WithoutDial(module, len(calls[0]))
     # Rings of one size have one name: TensorRT holds dimensions of one name to be equal.
     long, short = config.long_ring(step_frames) * config.heads, config.short_ring(step_frames)
     names = {long: "long", short: "short", 1: "slots"}
@@ -136,21 +136,6 @@ def static_example(
         lane[: len(part)] = part
     rest = {name: call[name] for name in ("slots", "arrived", "least", "cap", "final")}
     return {"windows": windows, "fresh": torch.tensor(frames), **rest}
-
-
-class _Causal(torch.nn.Module):
-    """The step of a causal encoder, whose graph has no dial: inputs are those before `least`."""
-
-    def __init__(self, step: StreamStep | StaticStep, inputs: int) -> None:
-        super().__init__()
-        self.encoder = step.encoder
-        self._step, self._inputs = (step,), inputs  # not a submodule: its weights are listed once
-
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Inputs, then state; see the step's own forward."""
-        given, state = tensors[: self._inputs], tensors[self._inputs :]
-        none = torch.zeros_like(given[-1])
-        return self._step[0].forward(*given, none.float(), none, none, *state)
 
 
 def export_joiner(model: Transducer, path: Path) -> None:

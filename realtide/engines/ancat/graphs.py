@@ -22,6 +22,9 @@ from realtide.engines.runtime.tensorrt import Sizes
 INT8: tuple[str, ...] = ()
 """None without recordings: ranges of activations are calibrated, by the recipe."""
 
+PLAN_SLOTS = 4
+"""Slots that plans have room for, for each stream of the largest step."""
+
 HOST_ONLY = ("encoder",)
 """Programs without TensorRT plans: its shapes depend on values. `encoder_static` computes the same there."""
 
@@ -35,7 +38,7 @@ def sizes(manifest: Mapping[str, Any], max_batch: int) -> dict[str, dict[str, Si
     """
     config = EncoderConfig.from_dict(manifest["architecture"]["encoder"])
     step = int(manifest["architecture"]["step_frames"])
-    slots = 4 * max_batch
+    slots = PLAN_SLOTS * max_batch
     rings = [rows for rows, _, _ in state_shapes(config, step).values() if rows > 1]
     encoder = {
         "streams": Sizes(1, max_batch, max_batch),

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from realtide.engines.ancat.backends import Rows
 from realtide.engines.ancat.config import NO_CAP
 from realtide.engines.ancat.decode_state import DecodeState
 from realtide.engines.ancat.decoder import Decoder
@@ -37,7 +38,7 @@ from realtide.engines.ancat.types import (
     SpeechOptions,
 )
 from realtide.engines.engine import CheckpointMismatch
-from realtide.engines.runtime.slots import SlotLease, SlotState
+from realtide.engines.runtime.slots import SlotLease
 
 Control = SetLookahead | SetInterim | SetEndpointing | SetBoosts | Flush | Finish
 FORMAT = 2
@@ -76,7 +77,7 @@ class SpeechSession:
     def __init__(
         self,
         lease: SlotLease,
-        rows: SlotState,
+        rows: Rows,
         frontend: Frontend,
         state: DecodeState,
         decoder: Decoder,

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from realtide.engines.ancat.config import static_shapes
 from realtide.engines.ancat.model import Block, Encoder
+from realtide.engines.ancat.stream import StreamStep
 from realtide.engines.ancat.stream_layer import FOUND, LayerStep, write_rows
 from realtide.engines.ancat.stream_positions import Positions
 
@@ -145,3 +146,18 @@ class StaticStep(nn.Module):
             more,
             *(states[name] for name in self.names),
         )
+
+
+class WithoutDial(nn.Module):
+    """The step of a causal encoder, whose graph has no dial: inputs are those before `least`."""
+
+    def __init__(self, step: StreamStep | StaticStep, inputs: int) -> None:
+        super().__init__()
+        self.encoder = step.encoder
+        self._step, self._inputs = (step,), inputs  # not a submodule: its weights are listed once
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Inputs, then state; see the step's own forward."""
+        given, state = tensors[: self._inputs], tensors[self._inputs :]
+        none = torch.zeros_like(given[-1])
+        return self._step[0].forward(*given, none.float(), none, none, *state)

@@ -7,14 +7,19 @@ this module.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from realtide.engines.ancat.config import EncoderConfig, state_shapes
+from realtide.engines.ancat.config import EncoderConfig, state_shapes, static_lanes
 from realtide.engines.ancat.model import JoinerProgram, Transducer
 from realtide.engines.ancat.stream import StreamStep
+from realtide.engines.ancat.stream_static import STATIC_OUTPUTS, StaticStep, WithoutDial
+from realtide.engines.runtime.device_program import DeviceProgram
 from realtide.engines.runtime.program import Array, Program, TensorSpec
+from realtide.engines.runtime.resident_program import ResidentProgram, named
 from realtide.engines.runtime.torch_program import State, TorchProgram
 
 INT, FLOAT = np.dtype(np.int64), np.dtype(np.float32)
@@ -84,3 +89,28 @@ def programs(
         {},
     )
     return encoder, joiner
+
+
+def device_programs(
+    config: EncoderConfig,
+    step_frames: int,
+    weights: Mapping[str, Array],
+    state: Mapping[str, Tensor],
+    device: str,
+) -> tuple[ResidentProgram, ResidentProgram]:
+    """The static encoder step and the joiner on a device, recorded as CUDA graphs where it has them.
+
+    `state` as in `config.static_shapes`, in that order and on the device; updated in place.
+    """
+    model, record = build(config, weights).to(device), device != "cpu"
+    step: Any = StaticStep(model.encoder, step_frames, static_lanes(step_frames))
+    inputs = {"windows": torch.float32, "fresh": torch.int64, "slots": torch.int64, "arrived": torch.int64}
+    if config.rule == "causal":
+        step = WithoutDial(step, len(inputs))
+    else:
+        inputs |= {"least": torch.float32, "cap": torch.int64, "final": torch.int64}
+    call = named(DeviceProgram(step, tuple(state.values()), record=record), STATIC_OUTPUTS)
+    encoder = ResidentProgram("encoder", call, inputs, device)
+    score = named(DeviceProgram(JoinerProgram(model), (), record=record), ("log_probs",))
+    types = {"encoded": torch.float32, "contexts": torch.int64}
+    return encoder, ResidentProgram("joiner", score, types, device)

@@ -56,8 +56,8 @@ class Heard:
 class Room:
     """An engine whose sessions are listened to."""
 
-    def __init__(self, bundle: Path, backend: str = "onnxruntime", slots: int = 6) -> None:
-        self.engine: AncatEngine = load(bundle, slots=slots, max_batch=slots, backend=backend)
+    def __init__(self, bundle: Path, backend: str = "onnxruntime", slots: int = 6, **more: Any) -> None:
+        self.engine: AncatEngine = load(bundle, slots=slots, max_batch=slots, backend=backend, **more)
         self.heard: dict[SpeechSession, Heard] = {}  # by the object: ids of closed sessions come again
         self.sizes: list[int] = []
         encode = self.engine._encode
