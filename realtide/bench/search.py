@@ -26,8 +26,8 @@ async def largest(trial: Trial, start: int, most: int) -> int:
     return passed
 
 
-def again(trial: Trial, attempts: int = 2) -> Trial:
-    """A trial that holds if one of `attempts` does: one disturbance must not decide a bisection."""
+def again(trial: Trial, attempts: int = 3) -> Trial:
+    """A trial that holds if one of `attempts` does: disturbances on a shared machine only take time away."""
 
     async def repeated(n: int) -> bool:
         for _ in range(attempts):

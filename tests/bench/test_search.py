@@ -40,7 +40,7 @@ async def test_a_confirmation_goes_down_until_it_holds() -> None:
 
 
 async def test_one_disturbance_does_not_decide() -> None:
-    answers = iter([False, True, False, False])
+    answers = iter([False, False, True, False, False, False])
 
     async def trial(n: int) -> bool:
         return next(answers)
@@ -48,3 +48,4 @@ async def test_one_disturbance_does_not_decide() -> None:
     patient = again(trial)
     assert await patient(1)
     assert not await patient(1)
+    assert next(answers, None) is None
