@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from realtide.gpu import images, timing, video
+from realtide.engines.ancat.config import static_lanes, static_shapes
+from realtide.engines.ancat.model import Transducer
+from realtide.engines.ancat.torch_programs import device_programs
+from realtide.gpu import images, speech, timing, video
 from realtide.gpu.bench import Bench
 from realtide.gpu.timing import Clock, Rates
 
@@ -35,3 +38,24 @@ def test_images(bench: Bench, size: str) -> None:
     )
     assert plain < one < two
     assert two - one == one - plain
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("30M", 30e6), ("100M", 100e6)])
+def test_speech(size: str, parameters: float) -> None:
+    config, streams, frames = speech.config(size, small=False), 64, 16
+    with torch.device("meta"):
+        model = Transducer(config)
+        state = {
+            name: torch.zeros((streams + 1) * rows, *shape, dtype=getattr(torch, dtype))
+            for name, (rows, shape, dtype) in static_shapes(config, frames).items()
+        }
+        lanes, ints = static_lanes(frames), torch.zeros(streams, dtype=torch.int64)
+        windows = torch.zeros(streams, lanes, config.window, config.mel_bins)
+    count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("ctc."))
+    assert count == pytest.approx(parameters, rel=0.1)
+    encoder, joiner = device_programs(model, frames, state, record=False)
+    names = ("fresh", "slots", "arrived", "cap", "final")
+    made = encoder.run({"windows": windows, "least": ints.float(), **dict.fromkeys(names, ints)})
+    assert made["encoded"].shape == (streams, lanes, config.joiner_dim)
+    scores = joiner.run({"encoded": made["encoded"][:, 0], "contexts": torch.stack([ints, ints], 1)})
+    assert scores["log_probs"].shape == (streams, config.vocab)

@@ -123,8 +123,9 @@ def _torch_device(source: Source, threads: int, device: str) -> Loaded:
             name: memory.zeros(((source.slots + 1) * rows, *shape), getattr(torch, dtype))
             for name, (rows, shape, dtype) in shapes.items()
         }
+        model = torch_programs.build(source.config, source.weights).to(device)
         encoder, joiner = torch_programs.device_programs(
-            source.config, source.step_frames, source.weights, state, device
+            model, source.step_frames, state, record=device != "cpu"
         )
         return _on_device(source, memory, encoder, joiner, state)
 

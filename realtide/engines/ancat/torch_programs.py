@@ -66,15 +66,13 @@ def programs(
     weights: Mapping[str, Array],
     state: State,
     threads: int,
-    device: str = "cpu",
 ) -> tuple[Program, Program]:
-    """Encoder and joiner.
+    """Encoder and joiner on the processor, in the form that computes no more than it must.
 
-    `state` as in `config.state_shapes`, updated in place and on `device`; `threads` is PyTorch's own,
-    process-wide.
+    `state` as in `config.state_shapes`, updated in place; `threads` is PyTorch's own, process-wide.
     """
     torch.set_num_threads(threads)
-    model = build(config, weights).to(device)
+    model = build(config, weights)
     rings = tuple(
         TensorSpec(name, np.dtype(dtype), ("rows", *shape))
         for name, (_, shape, dtype) in state_shapes(config, step_frames).items()
@@ -92,17 +90,14 @@ def programs(
 
 
 def device_programs(
-    config: EncoderConfig,
-    step_frames: int,
-    weights: Mapping[str, Array],
-    state: Mapping[str, Tensor],
-    device: str,
+    model: Transducer, step_frames: int, state: Mapping[str, Tensor], *, record: bool
 ) -> tuple[ResidentProgram, ResidentProgram]:
-    """The static encoder step and the joiner on a device, recorded as CUDA graphs where it has them.
+    """The static encoder step and the joiner on the model's device.
 
-    `state` as in `config.static_shapes`, in that order and on the device; updated in place.
+    `state` as in `config.static_shapes`, in that order and on the device; updated in place. `record`: replay
+    CUDA graphs, one for each size of calls.
     """
-    model, record = build(config, weights).to(device), device != "cpu"
+    config, device = model.config, model.joiner.out.weight.device
     step: Any = StaticStep(model.encoder, step_frames, static_lanes(step_frames))
     inputs = {"windows": torch.float32, "fresh": torch.int64, "slots": torch.int64, "arrived": torch.int64}
     if config.rule == "causal":

@@ -151,13 +151,6 @@ def state_tensors(shapes: Mapping[str, Sequence[int]], given: State) -> list[Ten
     return found
 
 
-def on_device(arrays: Mapping[str, Array], device: str) -> State:
-    """State for a module on `device`: the arrays themselves for the processor, else copies there."""
-    if device == "cpu":
-        return arrays
-    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-
-
 def _device_of(module: nn.Module) -> torch.device:
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
