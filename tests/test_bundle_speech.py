@@ -11,14 +11,18 @@ import soundfile
 import torch
 
 from realtide.bench.encoder import EncoderBench, windows_of
-from realtide.bundle import load_bundle, verify
+from realtide.bundle import Precision, load_bundle, verify
 from realtide.engines.ancat.config import EncoderConfig
 from realtide.engines.ancat.engine import AncatEngine, load
 from realtide.engines.ancat.model import Encoder
 from realtide.engines.ancat.offline import encode, hard_arcs
 from realtide.engines.ancat.session import SpeechSession
 from realtide.engines.ancat.types import Audio, Final, Finish, SpeechEvent, SpeechInput, SpeechOptions
+from realtide.engines.runtime.plan_key import Gpu
+from realtide.engines.runtime.plans import PlanCache
 from realtide.engines.runtime.weights import WeightFile
+from realtide.plan_building import BundlePlans
+from tests.engines.runtime.tensorrt_package import installed
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "models" / "ancat-commands-en"
@@ -79,6 +83,28 @@ def test_every_chunking_says_the_same_and_most_words_are_right(engine: AncatEngi
             right += said == clip["text"].split()
     assert right >= total - 2  # clips of the commands it was made for; LibriSpeech and long prompts are not
     assert engine.free_slots == engine.slots
+
+
+def test_words_are_the_same_with_all_state_on_a_device(engine: AncatEngine) -> None:
+    device = load(BUNDLE, slots=len(CLIPS), max_batch=len(CLIPS), backend="torch", device="cpu")
+    assert texts(transcribe(device, 100)) == texts(transcribe(engine, 100))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_words_are_the_same_from_plans(engine: AncatEngine, precision: Precision, tmp_path: Path) -> None:
+    count, gpu = len(CLIPS), Gpu("NVIDIA H100 80GB HBM3", "9.0", "570.86")
+    with installed([]):
+        plans = BundlePlans(load_bundle(BUNDLE), precision, PlanCache(tmp_path / "plans"), gpu, count, True)
+        planned = load(
+            BUNDLE, slots=count, max_batch=count, backend="tensorrt", precision=precision, plan_of=plans
+        )
+        found = transcribe(planned, 100)
+    assert texts(found) == texts(transcribe(engine, 100))
+
+
+def texts(finals: dict[str, list[Final]]) -> dict[str, list[str]]:
+    """What was said in each clip."""
+    return {name: [final.text for final in found] for name, found in finals.items()}
 
 
 @pytest.mark.parametrize("seed", [None, 7])
