@@ -34,7 +34,7 @@ from realtide.engines.easycontrol.config import (
     lora_shapes,
 )
 from realtide.engines.easycontrol.transformer import FluxTransformer
-from realtide.engines.runtime.program import Array, Program
+from realtide.engines.runtime.program import Array, Runs
 
 OUT = Path(__file__).parent / "results" / "image_step.json"
 GRID = (32, 32)
@@ -98,7 +98,7 @@ class Bench:
     def step(self, caches: dict[str, Array]) -> Array:
         """A denoising step."""
         velocity = self.denoise.run({"latents": self.latents, **self.rest, **caches})["velocity"]
-        return schedule.step(self.latents, velocity, 0.7, 0.6)
+        return schedule.step(self.latents, np.asarray(velocity), 0.7, 0.6)
 
     def variants(self) -> dict[str, Callable[[], Any]]:
         """What is compared."""
@@ -112,7 +112,7 @@ class Bench:
         }
 
 
-def _programs(model: FluxTransformer, backend: str) -> tuple[Program, Program]:
+def _programs(model: FluxTransformer, backend: str) -> tuple[Runs, Runs]:
     if backend == "torch":
         return (
             torch_programs.denoise_program(model, CONFIG),

@@ -56,6 +56,7 @@ NEEDS_TORCH = frozenset(
         "realtide.engines.runtime.device_program",
         "realtide.engines.longlive.plan_programs",
         "realtide.engines.runtime.plan_program",
+        "realtide.engines.runtime.plan_replay",
         "realtide.engines.runtime.resident_program",
         "realtide.engines.runtime.torch_memory",
         "realtide.engines.runtime.torch_program",

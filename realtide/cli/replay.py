@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from realtide.cli.errors import CommandError
+from realtide.cli.errors import CommandError, UsageError
 
 if TYPE_CHECKING:
     from realtide.engines.runtime.golden import Report
@@ -21,6 +22,7 @@ class Backend(StrEnum):
 
     TORCH = "torch"
     ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
 
 
 def command(
@@ -29,8 +31,17 @@ def command(
     ],
     backend: Annotated[
         Backend,
-        typer.Option(help="torch: the modules, eager. onnxruntime: their graphs, exported on the spot."),
+        typer.Option(
+            help="torch: the modules, eager. onnxruntime: their graphs, exported on the spot. tensorrt: "
+            "plans of these graphs, built on the spot."
+        ),
     ] = Backend.TORCH,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda or cuda:N; for torch and tensorrt. Default: cpu for torch, cuda for tensorrt."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Replay a golden case and compare every tensor with the reference implementation's.
@@ -40,12 +51,12 @@ def command(
 
     For every tensor two numbers are shown: rel_l2, the L2 norm of the difference over that of the
     reference, and max_abs, the largest absolute difference. A case is ok if every rel_l2 is at most 1e-5
-    (torch) or 1e-4 (onnxruntime); wrong semantics (window, sink,
+    (torch on the processor) or 1e-4 (otherwise); wrong semantics (window, sink,
     recache, positions of conditions, place of a LoRA) give far more. Exits with 1
     if it is not.
 
     Needs PyTorch (extra `train`); onnxruntime also needs the extras `cpu` and `export`, and some 30
-    seconds to export.
+    seconds to export. tensorrt needs a GPU and the extras `gpu`, `export` and `trt`.
 
     Example: realtide replay static_window12_sink3.safetensors
 
@@ -62,7 +73,7 @@ def command(
         with golden.quiet():
             described, _ = golden.read_case(case)
             engine = images if images.KEY in described else video
-            report = engine.replay(case, backend.value)
+            report = engine.replay(case, backend.value, _place(backend, device))
     except (ValueError, ProgramError) as error:
         raise CommandError(str(error)) from None
     except ImportError as error:
@@ -74,12 +85,23 @@ def command(
         line = {"case": report.case, "backend": report.backend, "tensors": tensors, "ok": report.ok}
         typer.echo(json.dumps(line))
     else:
-        _table(report, golden.TOLERANCE[report.backend])
+        _table(report)
     if not report.ok:
         raise CommandError(f"{report.case}: not what the reference computes")
 
 
-def _table(report: Report, tolerance: float) -> None:
+def _place(backend: Backend, device: str | None) -> str:
+    """The device, as PyTorch writes it."""
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"device must be cpu, cuda or cuda:N, got {device!r}")
+    if backend is Backend.ONNXRUNTIME and device not in (None, "cpu"):
+        raise UsageError(f"device must be cpu for onnxruntime, got {device!r}")
+    if backend is Backend.TENSORRT and device == "cpu":
+        raise UsageError("device must be cuda or cuda:N for tensorrt, got 'cpu'")
+    return device or ("cuda" if backend is Backend.TENSORRT else "cpu")
+
+
+def _table(report: Report) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -91,5 +113,5 @@ def _table(report: Report, tolerance: float) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"{report.case} on {report.backend}: {'ok' if report.ok else 'NOT ok'} (at most {tolerance:g})"
+        f"{report.case} on {report.backend}: {'ok' if report.ok else 'NOT ok'} (at most {report.tolerance:g})"
     )

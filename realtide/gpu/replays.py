@@ -13,11 +13,12 @@ import torch
 
 from realtide.engines.easycontrol import replay as images
 from realtide.engines.longlive import replay as video
+from realtide.engines.runtime import tensorrt
 from realtide.engines.runtime.golden import Backend, CaseError, Report, quiet, read_case
 from realtide.engines.runtime.program import ProgramError
 from realtide.gpu.timing import Budget
 
-_EXPORT = ("onnxruntime", "onnx", "onnxscript")
+_EXPORT = ("onnx", "onnxscript", "safetensors")
 
 
 def find(directories: Sequence[Path], pattern: str) -> list[Path]:
@@ -37,36 +38,42 @@ def find(directories: Sequence[Path], pattern: str) -> list[Path]:
     return list(found.values())
 
 
-def missing(backend: Backend) -> str | None:
-    """Why a backend cannot replay here; None: it can."""
-    if backend == "onnxruntime":
-        absent = [name for name in _EXPORT if not _present(name)]
-        if absent:
-            return f"not installed: {', '.join(absent)} (graphs are exported on the spot)"
+def missing(backend: Backend, device: str = "cpu") -> str | None:
+    """Why a backend cannot replay on a device here; None: it can."""
+    if backend == "torch":
+        return None
+    if backend == "tensorrt":
+        if not any(map(_present, tensorrt.PACKAGES)):
+            return f"not installed: {' or '.join(tensorrt.PACKAGES)}"
+        if device == "cpu":
+            return "plans run on a GPU only"
+    wanted = ("onnxruntime", *_EXPORT) if backend == "onnxruntime" else _EXPORT
+    absent = [name for name in wanted if not _present(name)]
+    if absent:
+        return f"not installed: {', '.join(absent)} (graphs are exported on the spot)"
     return None
 
 
 def run(cases: Sequence[Path], device: str, seconds: float) -> dict[str, Any]:
-    """Replay cases with PyTorch on `device`, then with ONNX Runtime on the processor.
+    """Replay cases with PyTorch on `device`, with ONNX Runtime on the processor, then through plans.
 
     Returns:
         For each backend a list of what was found, or why it was skipped.
     """
     budget = Budget(seconds)
     found: dict[str, Any] = {}
+    places: dict[Backend, str] = {"torch": device, "onnxruntime": "cpu", "tensorrt": device}
     with _exact(), quiet():
-        for backend, where in (("torch", device), ("onnxruntime", "cpu")):
-            reason = missing(backend)  # type: ignore[arg-type]
+        for backend, where in places.items():
+            reason = missing(backend, where)
             if reason:
                 found[backend] = {"skipped": reason}
                 continue
-            found[backend] = {
-                "device": where,
-                "cases": [_case(path, backend, where, budget) for path in cases],  # type: ignore[arg-type]
-            }
-    for name in ("tensorrt", "tensorrt_rtx"):
-        reason = "cases are not replayed through plans yet" if _present(name) else "not installed"
-        found[name] = {"skipped": reason}
+            replayed = [_case(path, backend, where, budget) for path in cases]
+            found[backend] = {"device": where, "cases": replayed}
+            if backend == "tensorrt":
+                package = tensorrt.load()
+                found[backend]["package"] = f"{package.__name__} {package.__version__}"
     return found
 
 

@@ -25,9 +25,8 @@ BACKENDS: dict[Runtime, tuple[str, str]] = {
 
 _DRIVER = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """One of these is there where NVIDIA's driver is."""
-_TORCH_PRECISIONS: dict[str, tuple[str, ...]] = {"longlive": ("fp32", "bf16")}
+_TORCH_PRECISIONS: dict[str, tuple[str, ...]] = {"ancat": ("fp32",)}
 _PLAN_PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
-_ON_PLANS = ("ancat", "longlive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +57,14 @@ def missing(runtime: Runtime, engine: str, precision: str) -> str | None:
         return None if _installed("onnxruntime") else "onnxruntime is not installed"
     if runtime != "torch-cpu" and not any(path.exists() for path in _DRIVER):
         return "there is no NVIDIA driver on this machine"
-    if runtime == "tensorrt":
-        if not (_installed("tensorrt") or _installed("tensorrt_rtx")):
-            return "neither tensorrt nor tensorrt_rtx is installed"
-        if engine not in _ON_PLANS:
-            return f"engine {engine} is not served from TensorRT plans yet"
+    if runtime == "tensorrt" and not (_installed("tensorrt") or _installed("tensorrt_rtx")):
+        return "neither tensorrt nor tensorrt_rtx is installed"
     if not _installed("torch"):
         return "PyTorch is not installed"
     if runtime == "tensorrt":
         offered, what = _PLAN_PRECISIONS, "TensorRT"
     else:
-        offered, what = _TORCH_PRECISIONS.get(engine, ("fp32",)), "PyTorch"
+        offered, what = _TORCH_PRECISIONS.get(engine, ("fp32", "bf16")), "PyTorch"
     if precision not in offered:
         return f"engine {engine} computes in {' or '.join(offered)} with {what}, {precision} is asked for"
     return None if runtime == "torch-cpu" else _no_cuda()

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -34,6 +35,28 @@ def test_a_case_is_replayed_over_its_graphs(run: Run) -> None:
     result = json.loads(done.out)
     assert (result["backend"], result["ok"]) == ("onnxruntime", True)
     assert 0 < result["tensors"]["embeds_padding_zeroed"]["rel_l2"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "wanted"),
+    [
+        ("tensorrt", "cpu", "cuda or cuda:N for tensorrt"),
+        ("onnxruntime", "cuda", "cpu for onnxruntime"),
+        ("torch", "tpu", "cpu, cuda or cuda:N"),
+    ],
+)
+def test_devices_that_a_backend_cannot_use(run: Run, backend: str, device: str, wanted: str) -> None:
+    case = GOLDEN / "umt5_seed41.safetensors"
+    done = run("replay", case, "--backend", backend, "--device", device)
+    assert (done.code, done.err) == (2, f"realtide: device must be {wanted}, got '{device}'\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
+def test_plans_without_a_gpu_are_refused_in_one_sentence(run: Run) -> None:
+    done = run("replay", GOLDEN / "umt5_seed41.safetensors", "--backend", "tensorrt")
+    assert done.code == 1
+    assert done.err.endswith("sees no CUDA device 0\n")
+    assert done.err.count("\n") == 1
 
 
 def test_a_case_is_replayed_for_people(run: Run) -> None:

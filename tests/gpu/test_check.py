@@ -13,6 +13,7 @@ import torch
 from realtide.gpu import images, replays, speech, video
 from realtide.gpu.__main__ import main
 from realtide.gpu.check import CheckError, Options, check
+from tests.engines.runtime.tensorrt_package import installed
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -53,7 +54,7 @@ def test_the_whole_check_with_pytorch_and_numpy_alone(tmp_path: Path) -> None:
     assert case["ok"]
     assert 0 < case["rel_l2"] <= case["tolerance"] == 1e-5
     assert backends["onnxruntime"]["skipped"].startswith("not installed: onnxruntime, onnx, onnxscript")
-    assert backends["tensorrt"] == {"skipped": "not installed"}
+    assert backends["tensorrt"] == {"skipped": "not installed: tensorrt or tensorrt_rtx"}
     assert set(found["longlive"]["passes"]) == {"denoise", "clean", "recache", "decode"}
     for name, entry in found["longlive"]["passes"].items():
         timed = entry["eager"]
@@ -117,6 +118,30 @@ def test_a_case_that_is_not_what_the_reference_computes_fails_the_check() -> Non
 def test_cases_of_text_encoders_are_skipped_with_a_reason() -> None:
     found = replays.run(replays.find([GOLDEN], "t5_seed52"), "cpu", 60)
     assert "only tests replay those" in found["torch"]["cases"][0]["skipped"]
+
+
+def test_cases_are_replayed_through_plans_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = replays.find([GOLDEN], "umt5_seed41")
+    monkeypatch.setattr(replays, "missing", lambda backend, _: "no" if backend == "onnxruntime" else None)
+    with installed() as builder:
+        found = replays.run(cases, "cpu", 60)
+        assert builder.built == 1
+    (case,) = found["tensorrt"]["cases"]
+    assert case["ok"]
+    assert 0 < case["rel_l2"] <= case["tolerance"] == 1e-4
+    assert found["tensorrt"]["package"] == "tensorrt 11.4.0"
+    assert found["onnxruntime"] == {"skipped": "no"}
+
+
+def test_why_plans_are_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert replays.missing("tensorrt", "cpu") == "plans run on a GPU only"
+    assert replays.missing("tensorrt", "cuda:0") is None
+    monkeypatch.setattr(replays, "_present", lambda name: name in ("tensorrt", "onnx", "safetensors"))
+    reason = replays.missing("tensorrt", "cuda:0")
+    assert reason == "not installed: onnxscript (graphs are exported on the spot)"
+    monkeypatch.setattr(replays, "_present", lambda name: False)
+    assert replays.missing("tensorrt", "cuda:0") == "not installed: tensorrt or tensorrt_rtx"
+    assert replays.missing("torch", "cuda:0") is None
 
 
 @pytest.mark.parametrize(

@@ -63,19 +63,16 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing("torch-cpu", "ancat", "fp32") == "PyTorch is not installed"
     assert missing("onnxruntime", "ancat", "fp32") == "onnxruntime is not installed"
     install(monkeypatch, "torch", "tensorrt_rtx")
-    assert (
-        missing("tensorrt", "easycontrol", "fp32")
-        == "engine easycontrol is not served from TensorRT plans yet"
-    )
     reason = missing("tensorrt", "longlive", "int8")
     assert reason == "engine longlive computes in fp32 or fp16 or bf16 with TensorRT, int8 is asked for"
     for runtime in ("torch-cuda", "torch-cpu"):
-        reason = missing(runtime, "ancat" if runtime == "torch-cpu" else "easycontrol", "int8")
-        assert reason
-        assert reason.endswith("computes in fp32 with PyTorch, int8 is asked for")
+        reason = missing(runtime, "easycontrol", "int8")
+        assert reason == "engine easycontrol computes in fp32 or bf16 with PyTorch, int8 is asked for"
         reason = missing(runtime, "longlive", "fp16")
         assert reason == "engine longlive computes in fp32 or bf16 with PyTorch, fp16 is asked for"
     assert missing("torch-cpu", "longlive", "bf16") is None
+    reason = missing("torch-cpu", "ancat", "bf16")
+    assert reason == "engine ancat computes in fp32 with PyTorch, bf16 is asked for"
 
 
 @pytest.mark.usefixtures("driver")

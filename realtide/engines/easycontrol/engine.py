@@ -3,7 +3,7 @@
 A step either does one thing that an image needs before its steps (its prompt, one of its conditions), or
 denoises a batch of images of one size under equally many conditions. Sessions take turns between any two
 steps. Finished latents are decoded and encoded by the worker thread while the next steps run. Needs no
-PyTorch: programs come from ONNX graphs; `torch_programs` gives the same engine over the PyTorch modules.
+PyTorch where programs come from ONNX graphs; `backends` has the others.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from realtide.bundle import PRECISIONS, Bundle, BundleError, Precision, load_bundle
-from realtide.engines.easycontrol import loras
+from realtide.bundle import PRECISIONS, Bundle, BundleError, gpu_precision, load_bundle
+from realtide.engines.easycontrol import backends, loras
 from realtide.engines.easycontrol.config import (
     ConditionConfig,
     ImageConfig,
@@ -25,18 +25,20 @@ from realtide.engines.easycontrol.config import (
     VaeConfig,
     condition_bytes,
 )
-from realtide.engines.easycontrol.layout import POOLED_TOKENIZER, PROGRAMS, TOKENIZER, lora
+from realtide.engines.easycontrol.layout import POOLED_TOKENIZER, TOKENIZER, lora
 from realtide.engines.easycontrol.parts import Parts
-from realtide.engines.easycontrol.programs import ImagePrograms
 from realtide.engines.easycontrol.session import ImageSession, unpack
 from realtide.engines.easycontrol.store import ConditionStore
 from realtide.engines.easycontrol.tokenizer import PooledTokenizer, PromptTokenizer
 from realtide.engines.easycontrol.types import ImageEvent, ImageModelInfo, ImageOptions
 from realtide.engines.easycontrol.worker import Worker
 from realtide.engines.engine import Session, StageTimer
-from realtide.engines.runtime.program import Array
+from realtide.engines.runtime.program import ProgramError
 from realtide.engines.runtime.slots import SlotPool
 from realtide.engines.runtime.weights import WeightFile
+
+if TYPE_CHECKING:
+    from realtide.engines.runtime.tensorrt import PlanOf
 
 CACHE_BYTES = 1 << 28
 """Budget of the condition cache where nothing else is said; a condition always fits."""
@@ -205,6 +207,7 @@ def load(
     step_latency: float = 0.1,
     backend: str = "onnxruntime",
     device: str = "cpu",
+    plan_of: PlanOf | None = None,
     cache_bytes: int | None = None,
 ) -> EasyControlEngine:
     """Load a bundle into an engine.
@@ -216,15 +219,17 @@ def load(
         precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``; None: the bundle's default.
         threads: threads of one program.
         step_latency: seconds after which a session's next step is due.
-        backend: ``onnxruntime``, or ``torch`` where PyTorch is installed.
-        device: of the backend ``torch``.
+        backend: ``onnxruntime``, ``torch`` where PyTorch is installed, or ``tensorrt``.
+        device: of the backends ``torch`` and ``tensorrt``: ``cpu``, or ``cuda:0``.
+        plan_of: where the backend ``tensorrt`` has plans in this precision from.
         cache_bytes: budget of the condition cache; None: 256 MiB, or a few conditions if that is more.
 
     Raises:
         BundleError, ProgramError: the bundle is not usable; the message names the file or the field.
     """
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    wanted = loaded.precision(None if precision is None else PRECISIONS.get(precision, precision))
+    long = None if precision is None else PRECISIONS.get(precision, precision)
+    wanted = loaded.precision(long) if backend == "onnxruntime" else gpu_precision(backend, long)
     try:
         config, text, pooled = architecture(loaded.manifest.architecture)
         pieces = PromptTokenizer(loaded.asset(TOKENIZER), config.transformer.text_tokens)
@@ -248,21 +253,26 @@ def load(
             adapters[kind] = loras.stacked(config.transformer, weights, 1.0, lora(kind))
         except KeyError as error:
             raise BundleError(f"{loaded.weights}: the LoRA of {kind} lacks {error}") from None
-    if backend == "torch":
-        programs = _torch(config, text, pooled, weights, threads, device)
+    model = backends.Model(loaded, wanted, config, text, pooled, weights)
+    if backend == "tensorrt":
+        if plan_of is None:
+            raise ProgramError("the backend tensorrt needs plans")
+        made = backends.tensorrt(model, device, plan_of)
+    elif backend == "torch":
+        made = backends.torch(model, threads, device)
     else:
-        programs = _onnx(loaded, wanted, weights, threads)
+        made = backends.onnx(model, threads)
     store = ConditionStore(budget, each)
-    worker = Worker(f"images-{loaded.manifest.name}")
+    worker = Worker(f"images-{loaded.manifest.name}", made.memory)
     try:
-        parts = Parts(config, programs, pieces, short, adapters, store, worker)
+        parts = Parts(config, made.programs, pieces, short, adapters, store, worker, made.dtype)
     except ValueError as error:
         raise BundleError(f"{loaded.weights}: {error}") from None
     info = ImageModelInfo(
         version=loaded.manifest.version,
         backend=backend,
         precision={long: short_name for short_name, long in PRECISIONS.items()}[wanted],
-        device=device,
+        device=made.memory.device,
         license=loaded.manifest.licence,
         multiple=config.token_pixels,
         steps=config.sampler.steps,
@@ -332,31 +342,3 @@ def _limits(values: Mapping[str, Any], config: ImageConfig) -> dict[str, Any]:
         "weight_range": ranges["weight"],
         "guidance_range": ranges["guidance"],
     }
-
-
-def _onnx(bundle: Bundle, precision: Precision, weights: Mapping[str, Array], threads: int) -> ImagePrograms:
-    from realtide.engines.easycontrol import onnx_programs
-    from realtide.engines.runtime.ort import OrtOptions
-
-    graphs = PROGRAMS.map(lambda name: bundle.graph(name, precision))
-    return onnx_programs.image_programs(graphs, weights, OrtOptions(intra_op_num_threads=threads))
-
-
-def _torch(
-    config: ImageConfig,
-    text: TextConfig,
-    pooled: PooledConfig,
-    weights: Mapping[str, Array],
-    threads: int,
-    device: str,
-) -> ImagePrograms:
-    import torch
-
-    from realtide.engines.easycontrol import torch_programs
-
-    torch.set_num_threads(threads)
-    made = torch_programs.loaded(config, text, pooled, weights)
-    made.transformer.fuse()
-    for module in made.parts().values():
-        module.to(device)
-    return torch_programs.image_programs(made, config, text, pooled)

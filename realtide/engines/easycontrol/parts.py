@@ -6,6 +6,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 from realtide.engines.easycontrol import rotary, schedule
 from realtide.engines.easycontrol.config import ImageConfig, cache_names, lora_shapes
 from realtide.engines.easycontrol.packing import pack, unpack
-from realtide.engines.easycontrol.programs import ImagePrograms
+from realtide.engines.easycontrol.programs import FLOAT, ImagePrograms
 from realtide.engines.easycontrol.store import ConditionStore, Key
 from realtide.engines.easycontrol.tokenizer import PooledTokenizer, PromptTokenizer
 from realtide.engines.easycontrol.types import Pixels8
 from realtide.engines.easycontrol.worker import Worker
+from realtide.engines.runtime.memory import Values
 from realtide.engines.runtime.program import Array
 
 Float32 = NDArray[np.float32]
@@ -34,12 +36,12 @@ class Prompt:
     """An embedded prompt.
 
     Attributes:
-        text: [text tokens, text_dim].
+        text: [text tokens, text_dim], in the engine's memory.
         pooled: [pooled_dim].
         digest: of `pooled`.
     """
 
-    text: Array = field(repr=False)
+    text: Values = field(repr=False)
     pooled: Array = field(repr=False)
     digest: bytes
 
@@ -60,7 +62,7 @@ class Row:
     sigma: float
     guidance: float
     prompt: Prompt
-    caches: Sequence[Mapping[str, Array]]
+    caches: Sequence[Mapping[str, Values]]
 
 
 class Parts:
@@ -73,7 +75,8 @@ class Parts:
         pooled: tokenizer of the pooled encoder.
         loras: of each kind, by `config.lora_shapes`, at weight 1.
         store: cache of conditions.
-        worker: thread that decodes.
+        worker: thread that decodes; its memory is where prompts and the caches of conditions are.
+        dtype: of what programs are fed from the host.
     """
 
     def __init__(
@@ -85,16 +88,16 @@ class Parts:
         loras: Mapping[str, Mapping[str, Array]],
         store: ConditionStore,
         worker: Worker,
+        dtype: np.dtype[Any] = FLOAT,
     ) -> None:
         self.config, self.store, self.worker = config, store, worker
         self._programs = programs
         self._pieces, self._pooled = pieces, pooled
         self._loras = loras
-        # The graphs say in which precision they are fed.
-        self._dtype = programs.denoise.inputs[0].dtype
+        self._memory, self._dtype = worker.memory, dtype
         self._prompts: OrderedDict[str, Prompt] = OrderedDict()
         self._tables: OrderedDict[Grid, Array] = OrderedDict()
-        self._joined: tuple[tuple[int, ...], list[object], dict[str, Array]] | None = None
+        self._joined: tuple[tuple[int, ...], list[object], dict[str, Values]] | None = None
         for kind in config.conditions.kinds:
             wanted = lora_shapes(config.transformer, config.conditions.rank)
             have = {name: tensor.shape for name, tensor in loras[kind].items()}
@@ -105,9 +108,11 @@ class Parts:
         """A prompt's embeddings; those of the last ones are kept."""
         found = self._prompts.get(text)
         if found is None:
-            embeds = self._programs.text.run({"ids": self._pieces.encode(text)})["embeds"]
-            pooled = self._programs.pooled.run({"ids": self._pooled.encode(text)})["pooled"]
-            found = Prompt(embeds.astype(self._dtype), pooled.astype(self._dtype), digest(pooled))
+            get = self._memory.get
+            embeds = get(self._programs.text.run({"ids": self._pieces.encode(text)})["embeds"])
+            pooled = get(self._programs.pooled.run({"ids": self._pooled.encode(text)})["pooled"])
+            kept = self._memory.put(embeds.astype(self._dtype))
+            found = Prompt(kept, pooled.astype(self._dtype), digest(pooled))
             self._prompts[text] = found
             while len(self._prompts) > _PROMPTS:
                 self._prompts.popitem(last=False)
@@ -121,8 +126,10 @@ class Parts:
     def encode(self, pixels: Pixels8) -> Float32:
         """A condition image [size, size, 3] to packed latents [condition tokens, channels]."""
         planes = pixels.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
-        latents = self._programs.encode.run({"pixels": planes.astype(self._dtype)})["latents"][0]
-        return pack(latents.astype(np.float32), self.config.transformer.patch)
+        latents = self._memory.get(
+            self._programs.encode.run({"pixels": planes.astype(self._dtype)})["latents"]
+        )
+        return pack(latents[0].astype(np.float32), self.config.transformer.patch)
 
     def remember(self, key: Key, latents: Float32, prompt: Prompt, grid: Grid) -> None:
         """Run the condition pass for an entry that is held, and fill it.
@@ -158,11 +165,11 @@ class Parts:
             "latents": np.stack([row.latents for row in rows]),
             "sinusoids": np.stack([self._sinusoids(row.sigma, row.guidance) for row in rows]),
             "pooled": np.stack([row.prompt.pooled for row in rows]),
-            "text": np.stack([row.prompt.text for row in rows]),
             "table": self._table(grid),
         }
         cast = {name: array.astype(self._dtype, copy=False) for name, array in feeds.items()}
-        made: Float32 = self._programs.denoise.run(cast | self._caches(rows))["velocity"]
+        here = {"text": self._memory.join([row.prompt.text[None] for row in rows]), **self._caches(rows)}
+        made = self._memory.get(self._programs.denoise.run(cast | here)["velocity"])
         return made.astype(np.float32, copy=False)
 
     def decode(self, latents: Float32, grid: Grid) -> Pixels8:
@@ -180,10 +187,9 @@ class Parts:
     def _unpacked(self, latents: Float32, grid: Grid) -> Array:
         return unpack(latents, grid, self.config.transformer.patch)[None].astype(self._dtype)
 
-    @staticmethod
-    def _pixels(planes: Array) -> Pixels8:
-        wide = planes[0].astype(np.float32).transpose(1, 2, 0)
-        return np.ascontiguousarray(np.clip(np.rint(wide * 127.5 + 127.5), 0, 255).astype(np.uint8))
+    def _pixels(self, planes: Values) -> Pixels8:
+        pixels: Pixels8 = self._memory.pixels(planes)[0]
+        return pixels
 
     def _sinusoids(self, sigma: float, guidance: float) -> Float32:
         config = self.config.transformer
@@ -198,22 +204,21 @@ class Parts:
         self._tables.move_to_end(grid)
         return found
 
-    def _caches(self, rows: Sequence[Row]) -> dict[str, Array]:
+    def _caches(self, rows: Sequence[Row]) -> dict[str, Values]:
         """The rows' caches as a batch. One row with one condition is not copied; others are once a batch."""
         names, config = cache_names(self.config.transformer), self.config.transformer
         if not rows[0].caches:
             empty = np.zeros((len(rows), config.heads, 0, config.head_dim), self._dtype)
-            return dict.fromkeys(names, empty)
+            return dict.fromkeys(names, self._memory.put(empty))
         if len(rows) == 1 and len(rows[0].caches) == 1:
             return {name: rows[0].caches[0][name][None] for name in names}
         parts: list[object] = [cache for row in rows for cache in row.caches]
         which = tuple(map(id, parts))
         # The list keeps the caches alive, so that no other can get one's id.
         if self._joined is None or self._joined[0] != which:
-            self._joined = None
+            self._joined, join = None, self._memory.join
             joined = {
-                name: np.stack([np.concatenate([c[name] for c in row.caches], 1) for row in rows])
-                for name in names
+                name: join([join([c[name] for c in row.caches], 1)[None] for row in rows]) for name in names
             }
             self._joined = which, parts, joined
         return self._joined[2]

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from realtide.engines.easycontrol.config import ImageConfig, cache_names, lora_shapes
-from realtide.engines.runtime.program import Program, TensorSpec
+from realtide.engines.runtime.program import Runs, TensorSpec
 
 FLOAT, INT = np.dtype(np.float32), np.dtype(np.int64)
 T = TypeVar("T", covariant=True)
@@ -44,7 +44,7 @@ class Programs(Generic[T]):
         return Programs(**made)
 
 
-ImagePrograms = Programs[Program]
+ImagePrograms = Programs[Runs]
 
 
 def denoise_specs(config: ImageConfig) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

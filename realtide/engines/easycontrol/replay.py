@@ -24,9 +24,11 @@ from realtide.engines.easycontrol.config import (
     VaeConfig,
     cache_names,
 )
+from realtide.engines.easycontrol.layout import PROGRAMS
 from realtide.engines.runtime.golden import Backend, CaseError, Report, difference, read_case, weights_beside
-from realtide.engines.runtime.program import Array, Program
+from realtide.engines.runtime.program import Array, Runs
 from realtide.engines.runtime.tensor_file import TensorFile, TensorFileError
+from realtide.engines.runtime.tensorrt import Sizes
 
 KEY = "cond_size"
 """What the description of an EasyControl case has and no other's."""
@@ -41,8 +43,8 @@ def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Repor
     Args:
         path: the case; weights and LoRAs lie beside it.
         backend: *torch*: the modules, eager; *onnxruntime*: their exported graphs (needs the extra
-            ``export``).
-        device: of the backend *torch*.
+            ``export``); *tensorrt*: plans of these graphs, built on the spot.
+        device: of the backends *torch* and *tensorrt*.
 
     Raises:
         CaseError: the file is no EasyControl case, or its weights are not beside it.
@@ -54,21 +56,31 @@ def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Repor
         raise CaseError(f"{path}: not an EasyControl case: it has no {KEY}")
     config = _config(case, tensors[_TEXT].shape[1])
     with tempfile.TemporaryDirectory(prefix="realtide-") as graphs:
-        denoise, remember, weights = _programs(path, config, backend, Path(graphs), device)
+        images = -(-case["width"] // config.token_pixels) * -(-case["height"] // config.token_pixels)
+        count = config.condition_tokens * (case["n_subject"] + case["n_spatial"])
+        denoise, remember, weights = _programs(
+            path, config, backend, Path(graphs), device, _sizes(config, images, count)
+        )
         found, wanted = _play(path, case, tensors, config, denoise, remember, weights)
     compared = {name: difference(found[name], wanted[name]) for name in sorted(found)}
     return Report(path.name.removesuffix(".safetensors"), backend, compared, device)
 
 
 def _programs(
-    path: Path, config: ImageConfig, backend: Backend, directory: Path, device: str
-) -> tuple[Program, Program, dict[str, Array]]:
+    path: Path,
+    config: ImageConfig,
+    backend: Backend,
+    directory: Path,
+    device: str,
+    sizes: dict[str, dict[str, Sizes]],
+) -> tuple[Runs, Runs, dict[str, Array]]:
     from realtide.engines.easycontrol import torch_programs
     from realtide.engines.easycontrol.transformer import FluxTransformer
 
     weights = weights_beside(path, FluxTransformer(config.transformer).state_dict())
-    model = torch_programs.transformer(config.transformer, weights).to(device)
+    model = torch_programs.transformer(config.transformer, weights)
     if backend == "torch":
+        model.to(device).fuse()
         denoise = torch_programs.denoise_program(model, config)
         return denoise, torch_programs.remember_program(model, config), weights
     from realtide.engines.easycontrol import export
@@ -76,7 +88,29 @@ def _programs(
 
     step = export.export_denoise(model, directory / "denoise.onnx")
     condition = export.export_remember(model, config, directory / "remember.onnx")
-    return OrtProgram(step, weights, {}), OrtProgram(condition, weights, {}), weights
+    if backend == "onnxruntime":
+        return OrtProgram(step, weights, {}), OrtProgram(condition, weights, {}), weights
+    from realtide.engines.runtime.plan_program import PlanPrograms
+    from realtide.engines.runtime.plan_replay import plans_of, scratch_on
+
+    plan_of = plans_of({PROGRAMS.denoise: step, PROGRAMS.remember: condition}, weights, sizes)
+    scratch = scratch_on(device)
+    denoise, remember = (
+        PlanPrograms(plan_of(name), scratch, device, graphs=False, kept=True).over({})
+        for name in (PROGRAMS.denoise, PROGRAMS.remember)
+    )
+    return denoise, remember, weights
+
+
+def _sizes(config: ImageConfig, tokens: int, condition_tokens: int) -> dict[str, dict[str, Sizes]]:
+    """Of the one image that is made."""
+    only = {
+        "batch": 1,
+        "tokens": tokens,
+        "positions": config.transformer.text_tokens + tokens,
+        "condition_tokens": condition_tokens,
+    }
+    return {PROGRAMS.denoise: {name: Sizes(min(size, 1), size, max(size, 1)) for name, size in only.items()}}
 
 
 def _play(
@@ -84,8 +118,8 @@ def _play(
     case: dict[str, Any],
     tensors: dict[str, Array],
     config: ImageConfig,
-    denoise: Program,
-    remember: Program,
+    denoise: Runs,
+    remember: Runs,
     weights: Mapping[str, Array],
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """What the replay finds and what the case has, by name."""
@@ -109,7 +143,8 @@ def _play(
             "table": table,
         }
         lora = _lora(path.parent / f"{case['loras'][number]}.safetensors", model, case, number)
-        caches.append(remember.run(feeds | lora))
+        made = remember.run(feeds | lora)
+        caches.append({name: on_host(values) for name, values in made.items()})
         for block in range(model.blocks):
             before = tensors[f"cond_key_prenorm.{block}"][0][:, number * count : (number + 1) * count]
             wanted[f"key.{number}.{block}"] = _finished(
@@ -132,11 +167,17 @@ def _play(
             "text": tensors[_TEXT],
             "table": rotary.image_table(model, grid),
         }
-        velocities.append(denoise.run(feeds | held)["velocity"])
+        velocities.append(on_host(denoise.run(feeds | held)["velocity"]))
         latents = schedule.step(latents, velocities[-1], float(sigma), float(following))
     found["velocities"] = np.concatenate(velocities)
     found["latents"] = latents
     return found, wanted
+
+
+def on_host(values: Any) -> Array:
+    """An array, or a tensor's values."""
+    array: Array = values if isinstance(values, np.ndarray) else values.cpu().numpy()
+    return array
 
 
 def _sinusoids(config: ImageConfig, sigma: float, guidance: float) -> Array:

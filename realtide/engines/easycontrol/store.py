@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from realtide.engines.runtime.program import Array
+from realtide.engines.runtime.memory import Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Key:
 @dataclass(slots=True)
 class _Entry:
     holders: int = 0
-    tensors: Mapping[str, Array] | None = None  # until it was computed
+    tensors: Mapping[str, Values] | None = None  # until it was computed
 
 
 class Handle:
@@ -57,7 +57,7 @@ class Handle:
             return None
         return next((key for key in self.keys if self._store._tensors(key) is None), None)
 
-    def tensors(self) -> list[Mapping[str, Array]]:
+    def tensors(self) -> list[Mapping[str, Values]]:
         """The cache of each condition, in order; they must all have been computed."""
         if self._store is None:
             raise ValueError("the handle was released")
@@ -135,7 +135,7 @@ class ConditionStore:
         self.misses += len(missing)
         return Handle(self, tuple(keys), missing)
 
-    def put(self, key: Key, tensors: Mapping[str, Array]) -> None:
+    def put(self, key: Key, tensors: Mapping[str, Values]) -> None:
         """Fill an entry that somebody holds.
 
         Raises:
@@ -148,7 +148,7 @@ class ConditionStore:
             raise ValueError(f"the tensors are larger than {self.entry_bytes} bytes")
         entry.tensors = tensors
 
-    def _tensors(self, key: Key) -> Mapping[str, Array] | None:
+    def _tensors(self, key: Key) -> Mapping[str, Values] | None:
         return self._entries[key].tensors
 
     def _release(self, keys: Sequence[Key]) -> None:

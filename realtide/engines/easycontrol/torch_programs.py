@@ -1,12 +1,12 @@
 """EasyControl's programs over the PyTorch modules themselves, instead of their ONNX graphs (ours).
 
-For golden comparisons and for machines where PyTorch is what runs fast. Serving on a CPU never imports this
-module.
+What serves from a GPU where there is no TensorRT, and what golden cases are replayed with; the processor runs
+the same code. Caches of conditions stay on the device. Serving from graphs never imports this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +14,15 @@ from torch import nn
 
 from realtide.engines.easycontrol.config import ImageConfig, PooledConfig, TextConfig, TransformerConfig
 from realtide.engines.easycontrol.layout import POOLED, PREVIEW, TEXT, TRANSFORMER, VAE
-from realtide.engines.easycontrol.programs import FLOAT, INT, ImagePrograms, denoise_specs, remember_specs
+from realtide.engines.easycontrol.programs import ImagePrograms, denoise_specs, remember_specs
 from realtide.engines.easycontrol.steps import Denoise, Remember
 from realtide.engines.easycontrol.text import ClipText, EncodeText, PoolText, T5Encoder
 from realtide.engines.easycontrol.transformer import FluxTransformer
 from realtide.engines.easycontrol.vae import Decode, Encode, Preview, Projection, Vae
-from realtide.engines.runtime.program import Array, Program, TensorSpec
-from realtide.engines.runtime.torch_program import TorchProgram, load
+from realtide.engines.runtime.device_program import DeviceProgram
+from realtide.engines.runtime.program import Array, Runs
+from realtide.engines.runtime.resident_program import ResidentProgram, named
+from realtide.engines.runtime.torch_program import load
 
 
 @dataclass(frozen=True)
@@ -72,37 +74,37 @@ def transformer(config: TransformerConfig, weights: Mapping[str, Array]) -> Flux
     return load(model, weights)
 
 
-def denoise_program(model: FluxTransformer, config: ImageConfig) -> Program:
+def denoise_program(model: FluxTransformer, config: ImageConfig) -> Runs:
     """Velocities of a batch; see `steps.Denoise`."""
-    return TorchProgram(Denoise(model), *denoise_specs(config), (), {})
+    inputs, outputs = denoise_specs(config)
+    return _program(Denoise(model), [spec.name for spec in inputs], [spec.name for spec in outputs])
 
 
-def remember_program(model: FluxTransformer, config: ImageConfig) -> Program:
+def remember_program(model: FluxTransformer, config: ImageConfig) -> Runs:
     """A condition's cache; see `steps.Remember`."""
-    return TorchProgram(Remember(model), *remember_specs(config), (), {})
+    inputs, outputs = remember_specs(config)
+    return _program(Remember(model), [spec.name for spec in inputs], [spec.name for spec in outputs])
 
 
-def image_programs(
-    made: Modules, config: ImageConfig, text: TextConfig, pooled: PooledConfig
-) -> ImagePrograms:
-    """All programs."""
-    side = config.conditions.size
-    small = side // config.vae.scale
-    latents = TensorSpec("latents", FLOAT, (1, config.vae.latent, "height", "width"))
-    pixels = TensorSpec("pixels", FLOAT, (1, 3, "rows", "columns"))
-    condition = TensorSpec("pixels", FLOAT, (1, 3, side, side))
-    encoded = TensorSpec("latents", FLOAT, (1, config.vae.latent, small, small))
-    ids = TensorSpec("ids", INT, (config.transformer.text_tokens,))
-    embeds = TensorSpec("embeds", FLOAT, (config.transformer.text_tokens, text.dim))
-    short = TensorSpec("ids", INT, (pooled.tokens,))
+def image_programs(made: Modules, config: ImageConfig) -> ImagePrograms:
+    """All programs, where the modules lie and in their precision."""
     return ImagePrograms(
         remember=remember_program(made.transformer, config),
         denoise=denoise_program(made.transformer, config),
-        encode=TorchProgram(Encode(made.vae), (condition,), (encoded,), (), {}),
-        decode=TorchProgram(Decode(made.vae), (latents,), (pixels,), (), {}),
-        preview=TorchProgram(Preview(made.preview), (latents,), (pixels,), (), {}),
-        text=TorchProgram(EncodeText(made.text), (ids,), (embeds,), (), {}),
-        pooled=TorchProgram(
-            PoolText(made.pooled), (short,), (TensorSpec("pooled", FLOAT, (pooled.dim,)),), (), {}
-        ),
+        encode=_program(Encode(made.vae), ["pixels"], ["latents"]),
+        decode=_program(Decode(made.vae), ["latents"], ["pixels"]),
+        preview=_program(Preview(made.preview), ["latents"], ["pixels"]),
+        text=_program(EncodeText(made.text), ["ids"], ["embeds"]),
+        pooled=_program(PoolText(made.pooled), ["ids"], ["pooled"]),
     )
+
+
+def _program(module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> Runs:
+    """A module that is run kernel by kernel: sizes change from image to image."""
+    weight = next(module.parameters())
+    # Rotary tables stay in float32 whatever the model computes in.
+    types = dict.fromkeys(inputs, weight.dtype) | {
+        name: kind for name, kind in (("table", torch.float32), ("ids", torch.int64)) if name in inputs
+    }
+    call = named(DeviceProgram(module, []), outputs)
+    return ResidentProgram(type(module).__name__, call, types, weight.device)

@@ -8,12 +8,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from realtide.engines.runtime.memory import HOST, Memory
+
 
 class Worker:
-    """One thread; jobs run in the order in which they were given."""
+    """One thread; jobs run in the order in which they were given.
 
-    def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    Args:
+        name: of the thread.
+        memory: that decoders work in.
+    """
+
+    def __init__(self, name: str, memory: Memory = HOST) -> None:
+        self.memory = memory
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=memory.enter)
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
         """Have `job` run."""

@@ -47,11 +47,14 @@ def sizes(manifest: Mapping[str, Any], max_batch: int) -> dict[str, dict[str, Si
         max_batch: not used: a step is one session's.
     """
     config, _, _ = architecture(manifest["architecture"])
-    stream, tokens = config.stream, config.transformer.text_tokens
-    return {
-        PASSES.recache: {"frames": Sizes(1, stream.window - stream.sink, stream.window)},
-        TEXT_GRAPH: {"tokens": Sizes(1, min(16, tokens), tokens)},
-    }
+    tokens = config.transformer.text_tokens
+    return pass_sizes(config) | {TEXT_GRAPH: {"tokens": Sizes(1, min(16, tokens), tokens)}}
+
+
+def pass_sizes(config: VideoConfig) -> dict[str, dict[str, Sizes]]:
+    """Those of the transformer's programs."""
+    stream = config.stream
+    return {PASSES.recache: {"frames": Sizes(1, stream.window - stream.sink, stream.window)}}
 
 
 def samples(manifest: Mapping[str, Any]) -> dict[str, Sample]:

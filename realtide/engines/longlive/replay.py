@@ -26,11 +26,19 @@ from realtide.engines.longlive.config import (
     encoder_shapes,
 )
 from realtide.engines.longlive.generation import VideoStream
-from realtide.engines.longlive.programs import FrameDecoder, FrameEncoder, HalfPrograms, VideoPrograms
+from realtide.engines.longlive.layout import DECODE, ENCODE, TEXT_GRAPH
+from realtide.engines.longlive.programs import (
+    FrameDecoder,
+    FrameEncoder,
+    HalfPrograms,
+    Stages,
+    VideoPrograms,
+)
 from realtide.engines.longlive.schedule import warped
 from realtide.engines.runtime.golden import Backend, CaseError, Report, difference, read_case, weights_beside
 from realtide.engines.runtime.memory import HOST, Memory, Values
 from realtide.engines.runtime.program import Array, Runs
+from realtide.engines.runtime.tensorrt import Sizes
 
 
 def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Report:
@@ -39,8 +47,9 @@ def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Repor
     Args:
         path: the case.
         backend: *torch*: the modules, eager; *onnxruntime*: their exported graphs (needs the extra
-            ``export``, and some 30 seconds to make them).
-        device: of the backend *torch*.
+            ``export``, and some 30 seconds to make them); *tensorrt*: plans of these graphs, built on the
+            spot.
+        device: of the backends *torch* and *tensorrt*.
 
     Raises:
         CaseError: the file is no LongLive case, or its weights are not beside it.
@@ -84,6 +93,16 @@ def _video(
 
         graphs = export.export_video(model, config, directory)
         programs: VideoPrograms = onnx_programs.video_programs(graphs, weights, cache)
+    elif backend == "tensorrt":
+        from realtide.engines.longlive import export
+        from realtide.engines.longlive.graphs import pass_sizes
+        from realtide.engines.longlive.plan_programs import PassPlans
+        from realtide.engines.runtime.plan_replay import plans_of, scratch_on
+
+        graphs = export.export_video(model, config, directory)
+        paths = {path.stem: path for path in (graphs.prompt, graphs.denoise, graphs.clean, graphs.recache)}
+        plan_of = plans_of(paths, weights, pass_sizes(config))
+        programs = PassPlans(plan_of, config, scratch_on(device), device).over(cache)
     else:
         model.fuse()
         programs = torch_programs.video_programs(model.to(device), config, cache, record=device != "cpu")
@@ -185,8 +204,15 @@ def _vae(
     absent = _zeros({name: tuple(value.shape) for name, value in shapes.items() if name not in weights}, HOST)
     model = torch_programs.vae(config, weights | absent)
     memory = _memory(backend, device)
-    if backend != "onnxruntime":
+    if backend == "torch":
         model.to(device)
+
+    def planned(graphs: Stages[Path], stages: Stages[str], caches: dict[str, Values]) -> HalfPrograms:
+        from realtide.engines.longlive.plan_programs import HalfPlans
+        from realtide.engines.runtime.plan_replay import plans_of, scratch_on
+
+        plan_of = plans_of({stages.first: graphs.first, stages.later: graphs.later}, weights, {})
+        return HalfPlans(plan_of, scratch_on(device), device, stages).over(caches)
 
     def decoder(height: int, width: int) -> HalfPrograms:
         caches = _zeros(decoder_shapes(config, height, width), memory)
@@ -195,6 +221,10 @@ def _vae(
 
             graphs = export.export_decoder(model, height, width, directory)
             return onnx_programs.half_programs(graphs, weights, caches)
+        if backend == "tensorrt":
+            from realtide.engines.longlive import export
+
+            return planned(export.export_decoder(model, height, width, directory), DECODE, caches)
         return torch_programs.decoder_programs(model, caches, height, width, record=device != "cpu")
 
     def encoder(height: int, width: int) -> HalfPrograms:
@@ -204,6 +234,10 @@ def _vae(
 
             graphs = export.export_encoder(model, height, width, directory)
             return onnx_programs.half_programs(graphs, weights, caches)
+        if backend == "tensorrt":
+            from realtide.engines.longlive import export
+
+            return planned(export.export_encoder(model, height, width, directory), ENCODE, caches)
         return torch_programs.encoder_programs(model, caches, height, width)
 
     latents = np.ascontiguousarray(tensors["latents"][0].swapaxes(0, 1))  # B C T H W -> T C H W
@@ -244,11 +278,21 @@ def _text(
     weights = weights_beside(path, TextEncoder(config).state_dict())
     model = torch_programs.text_encoder(config, weights)
     memory = _memory(backend, device)
+    program: Runs
     if backend == "onnxruntime":
         from realtide.engines.longlive import export, onnx_programs
 
+        program = onnx_programs.text_program(export.export_text(model, directory / "text.onnx"), weights)
+    elif backend == "tensorrt":
+        from realtide.engines.longlive import export
+        from realtide.engines.longlive.plan_programs import text_program
+        from realtide.engines.runtime.plan_replay import plans_of, scratch_on
+
+        most = tensors["ids"].shape[1]
+        sizes = {TEXT_GRAPH: {"tokens": Sizes(1, min(16, most), most)}}
         graph = export.export_text(model, directory / "text.onnx")
-        program: Runs = onnx_programs.text_program(graph, weights)
+        plan_of = plans_of({TEXT_GRAPH: graph}, weights, sizes)
+        program = text_program(plan_of, TEXT_GRAPH, scratch_on(device), device)
     else:
         program = torch_programs.text_program(model.to(device))
     embeds = np.zeros((*tensors["ids"].shape, config.dim), np.float32)

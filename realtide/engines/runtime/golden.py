@@ -19,8 +19,8 @@ import numpy as np
 from realtide.engines.runtime.program import Array
 from realtide.engines.runtime.tensor_file import TensorFile, TensorFileError
 
-Backend = Literal["torch", "onnxruntime"]
-TOLERANCE: Mapping[Backend, float] = {"torch": 1e-5, "onnxruntime": 1e-4}
+Backend = Literal["torch", "onnxruntime", "tensorrt"]
+TOLERANCE: Mapping[Backend, float] = {"torch": 1e-5, "onnxruntime": 1e-4, "tensorrt": 1e-4}
 """Largest relative L2 difference of a tensor that passes."""
 ELSEWHERE = 1e-4
 """The same for `torch` on another device than the processor, whose kernels add up in another order."""

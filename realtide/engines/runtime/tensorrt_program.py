@@ -157,6 +157,7 @@ class TensorrtProgram:
         self._scratch.reserve(int(engine.device_memory_size_v2))
         self._most = {spec.name: most for spec, most in self._bindings.inputs}
         self._inputs: dict[str, Buffer] = {}
+        self._empty: dict[str, Buffer] = {}
         self._outputs: dict[str, Buffer] = {}
         self._set_up(state)
 
@@ -227,7 +228,7 @@ class TensorrtProgram:
             kind = str(getattr(tensor, "dtype", None)).rpartition(".")[2]
             if tensor is None or kind != spec.dtype.name or not tensor.is_contiguous():
                 raise ProgramError(f"{self._label}: input {spec.name!r} must be contiguous {spec.describe()}")
-            given[spec.name] = tuple(tensor.shape), int(tensor.data_ptr())
+            given[spec.name] = tuple(tensor.shape), int(tensor.data_ptr()) or self._nowhere(spec.name)
         self._device.after_caller()
         shapes = self._step(given)
         self._device.before_caller()
@@ -235,6 +236,12 @@ class TensorrtProgram:
             spec.name: self._device.view(self._outputs[spec.name], spec.dtype.name, shapes[spec.name])
             for spec in self._graph.outputs
         }
+
+    def _nowhere(self, name: str) -> int:
+        """An address for a tensor without elements: TensorRT wants one, and no two alike."""
+        if name not in self._empty:
+            self._empty[name] = self._device.allocate(1)
+        return self._empty[name].address
 
     def _set_up(self, state: Mapping[str, Any]) -> None:
         """Contexts of its own for this state."""

@@ -31,6 +31,7 @@ from realtide.engines.easycontrol.types import (
 from realtide.engines.easycontrol.vae import Projection, Vae
 from realtide.engines.easycontrol.worker import Worker
 from realtide.engines.runtime.program import Array
+from realtide.engines.runtime.torch_memory import TorchMemory
 from tests.engines.easycontrol.conftest import CONFIG, MODEL, random, transformer
 
 TOKENIZER = Path(__file__).parents[3] / "models" / "longlive-emoji" / "tokenizer.model"
@@ -89,11 +90,11 @@ class Small:
 
     def __init__(self, slots: int = 4, conditions: int = 8) -> None:
         made = modules()
-        programs = torch_programs.image_programs(made, LONG, TEXT, POOLED)
+        programs = torch_programs.image_programs(made, LONG)
         pieces = PromptTokenizer(TOKENIZER, 24)
         loras = adapters()
         store = ConditionStore(conditions * EACH + 17, EACH)
-        worker = Worker("small")
+        worker = Worker("small", TorchMemory())
         parts = Parts(LONG, programs, pieces, PooledTokenizer(POOLED, pieces), loras, store, worker)
         self.engine = EasyControlEngine("small", info(store.budget), parts, slots, slots)
         self.store = store

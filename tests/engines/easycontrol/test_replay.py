@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from realtide.engines.easycontrol.replay import replay
 from realtide.engines.runtime.golden import CaseError, Report
 from tests.engines.easycontrol.conftest import GOLDEN
+from tests.engines.runtime.tensorrt_package import installed
 
 CASES = {"spatial_one": 1, "subject_one": 1, "subject_and_spatial": 2}
 
@@ -28,6 +29,14 @@ def check(report: Report, conditions: int, limit: float) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_modules_compute_what_the_reference_does(case: str) -> None:
     check(replay(GOLDEN / f"{case}.safetensors"), CASES[case], 1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_plans_compute_what_the_reference_does(case: str) -> None:
+    """Through all of the plan path; the plans of a stand-in for TensorRT are computed by ONNX Runtime."""
+    with installed() as builder:
+        check(replay(GOLDEN / f"{case}.safetensors", "tensorrt"), CASES[case], 1e-4)
+        assert builder.built == 2
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -220,7 +220,8 @@ class Context:
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         dims, spec = self.dims(), self.engine.tensors[name]
-        return tuple(dim if isinstance(dim, int) else dims[str(dim)] for dim in spec.shape)
+        # The exporter names sizes that follow from others by formulas, such as 4*height.
+        return tuple(dim if isinstance(dim, int) else int(eval(str(dim), {}, dims)) for dim in spec.shape)
 
     def get_max_output_size(self, name: str) -> int:
         spec = self.engine.tensors[name]
