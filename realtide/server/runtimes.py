@@ -25,7 +25,7 @@ BACKENDS: dict[Runtime, tuple[str, str]] = {
 
 _DRIVER = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """One of these is there where NVIDIA's driver is."""
-_TORCH_PRECISIONS: dict[str, tuple[str, ...]] = {"ancat": ("fp32",)}
+_TORCH_PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
 _PLAN_PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 
 
@@ -64,7 +64,7 @@ def missing(runtime: Runtime, engine: str, precision: str) -> str | None:
     if runtime == "tensorrt":
         offered, what = _PLAN_PRECISIONS, "TensorRT"
     else:
-        offered, what = _TORCH_PRECISIONS.get(engine, ("fp32", "bf16")), "PyTorch"
+        offered, what = _TORCH_PRECISIONS, "PyTorch"
     if precision not in offered:
         return f"engine {engine} computes in {' or '.join(offered)} with {what}, {precision} is asked for"
     return None if runtime == "torch-cpu" else _no_cuda()

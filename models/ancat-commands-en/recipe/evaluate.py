@@ -94,14 +94,23 @@ def main() -> None:
     parser.add_argument("--bias", type=float, default=0.0, help="lookahead bias")
     parser.add_argument("--beam", type=int, default=1)
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--device", help="run what GPUs run, by PyTorch, there: cpu or cuda:0")
     args = parser.parse_args()
-    engine = load(args.bundle, slots=SLOTS, max_batch=SLOTS, precision=args.precision)
+    engine = load(
+        args.bundle,
+        slots=SLOTS,
+        max_batch=SLOTS,
+        precision=args.precision,
+        backend="torch" if args.device else "onnxruntime",
+        device=args.device,
+    )
     options = SpeechOptions(lookahead_bias=args.bias, beam=args.beam)
     results: dict[str, object] = {
         "commit": report.commit(),
         "bias": args.bias,
         "beam": args.beam,
         "precision": args.precision,
+        "device": args.device or "onnxruntime on cpu",
     }
     for path in args.sets:
         pool = load_pool(path)

@@ -94,15 +94,17 @@ def onnxruntime(source: Source, threads: int) -> Loaded:
 
 
 def torch(source: Source, threads: int, device: str | None) -> Loaded:
-    """The PyTorch modules on a device; None: on the processor, in the form that suits it.
+    """The PyTorch modules on a device; None: on the processor, in the form that suits it if that is float32.
+
+    In bfloat16 the joiner stays in float32: it is small, and every score of the search is its own.
 
     Raises:
         ProgramError: the device has too little memory, or a graph cannot be recorded.
     """
     from realtide.engines.ancat.torch_programs import programs
 
-    if device is not None:
-        return _torch_device(source, threads, device)
+    if device is not None or source.precision != "float32":
+        return _torch_device(source, threads, device or "cpu")
     state = source.arrays()
     encoder, joiner = programs(source.config, source.step_frames, source.weights, state, threads)
     return Loaded(encoder, _host_joiner(joiner), source.rows(state))
@@ -119,11 +121,13 @@ def _torch_device(source: Source, threads: int, device: str) -> Loaded:
     memory = TorchMemory(device)
     with out_of_memory(f"{source.bundle.manifest.name} with {source.slots} slots"):
         shapes = static_shapes(source.config, source.step_frames)
+        kinds = {"float32": getattr(torch, source.precision), "int64": torch.int64}
         state = {
-            name: memory.zeros(((source.slots + 1) * rows, *shape), getattr(torch, dtype))
+            name: memory.zeros(((source.slots + 1) * rows, *shape), kinds[dtype])
             for name, (rows, shape, dtype) in shapes.items()
         }
         model = torch_programs.build(source.config, source.weights).to(device)
+        model.encoder.to(kinds["float32"])
         encoder, joiner = torch_programs.device_programs(
             model, source.step_frames, state, record=device != "cpu"
         )

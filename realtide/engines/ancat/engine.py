@@ -286,8 +286,8 @@ def load(
         bundle: the bundle or its directory.
         slots: sessions that can be open at once.
         max_batch: most sessions in one step.
-        precision: ``fp32`` or ``int8``; None: the bundle's default. PyTorch computes in ``fp32``, plans in
-            ``fp32``, ``fp16`` or ``bf16``.
+        precision: ``fp32`` or ``int8``; None: the bundle's default. PyTorch computes in ``fp32`` or ``bf16``,
+            plans in ``fp16`` too.
         threads: threads of one program.
         step_latency: seconds within which a complete frame should be worked on (the executor's deadlines).
         backend: ``onnxruntime``, ``torch`` where PyTorch is installed, or ``tensorrt``.
@@ -300,9 +300,7 @@ def load(
     """
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     long = None if precision is None else PRECISIONS.get(precision, precision)
-    wanted = gpu_precision(backend, long) if backend == "tensorrt" else loaded.precision(long)
-    if backend == "torch" and wanted != "float32":
-        raise BundleError(f"precision must be float32 with PyTorch, not {wanted!r}")
+    wanted = loaded.precision(long) if backend == "onnxruntime" else gpu_precision(backend, long)
     architecture = loaded.manifest.architecture
     try:
         config = EncoderConfig.from_dict(architecture["encoder"])

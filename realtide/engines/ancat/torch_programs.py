@@ -94,12 +94,12 @@ def device_programs(
 ) -> tuple[ResidentProgram, ResidentProgram]:
     """The static encoder step and the joiner on the model's device.
 
-    `state` as in `config.static_shapes`, in that order and on the device; updated in place. `record`: replay
-    CUDA graphs, one for each size of calls.
+    `state` as in `config.static_shapes`, in that order and on the device, with the encoder's own type instead
+    of float32; updated in place. `record`: replay CUDA graphs, one for each size of calls.
     """
-    config, device = model.config, model.joiner.out.weight.device
+    config, device, dtype = model.config, model.joiner.out.weight.device, model.encoder.project.weight.dtype
     step: Any = StaticStep(model.encoder, step_frames, static_lanes(step_frames))
-    inputs = {"windows": torch.float32, "fresh": torch.int64, "slots": torch.int64, "arrived": torch.int64}
+    inputs = {"windows": dtype, "fresh": torch.int64, "slots": torch.int64, "arrived": torch.int64}
     if config.rule == "causal":
         step = WithoutDial(step, len(inputs))
     else:

@@ -102,21 +102,30 @@ def test_recordings_by_plans_give_the_same(
     assert not {"upload", "download", "copy back"} & set(devices[0].calls)
 
 
+def test_bfloat16_is_near_and_half_as_large(bundle: SmallBundle, clips: dict[str, Clip]) -> None:
+    room = Room(bundle.path, "torch", precision="bf16")
+    assert (room.engine.info.backend, room.engine.info.precision) == ("torch", "bf16")
+    near(room, bundle, clips["digit-seven"], 0.1)
+
+
 def test_plans_in_half_precision_are_near(
     bundle: SmallBundle, clips: dict[str, Clip], tmp_path: Path
 ) -> None:
-    clip = clips["digit-seven"]
     with installed([]):
-        room = planned(bundle, tmp_path, precision="float16")
-        session = room.engine.open(SpeechOptions(sample_rate=clip.rate, max_lookahead_ms=0))
-        have = room.play(session, whole(clip.samples, clip.rate, "37 ms"))
-    other = Room(bundle.path)
-    session = other.engine.open(SpeechOptions(sample_rate=clip.rate, max_lookahead_ms=0))
-    want = other.play(session, whole(clip.samples, clip.rate, "37 ms"))
+        near(planned(bundle, tmp_path, precision="float16"), bundle, clips["digit-seven"], 0.02)
+
+
+def near(room: Room, bundle: SmallBundle, clip: Clip, bound: float) -> None:
+    """Without lookahead, which rounding may change, rows are near float32's; and state is narrow."""
+    options = SpeechOptions(sample_rate=clip.rate, max_lookahead_ms=0)
+    have, want = (
+        one.play(one.engine.open(options), whole(clip.samples, clip.rate, "37 ms"))
+        for one in (room, Room(bundle.path))
+    )
     assert room.engine.cache_bytes < 0.7 * on_device(bundle).engine.cache_bytes
     assert have.available == want.available
     far = np.linalg.norm(have.encoded - want.encoded) / np.linalg.norm(want.encoded)
-    assert 0 < far < 0.02
+    assert 0 < far < bound
 
 
 def test_a_session_moves_between_a_device_and_the_processor(
@@ -162,8 +171,8 @@ def test_a_slot_is_clean_when_it_is_taken_again(bundle: SmallBundle, clips: dict
 
 
 def test_what_cannot_be_served_is_refused(bundle: SmallBundle, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="precision must be one of float32, not 'bfloat16'"):
-        load(bundle.path, slots=1, max_batch=1, backend="torch", precision="bf16", device="cpu")
+    with pytest.raises(BundleError, match=r"precision must be one of float32, bfloat16 .* not 'float16'"):
+        load(bundle.path, slots=1, max_batch=1, backend="torch", precision="fp16", device="cpu")
     with pytest.raises(ProgramError, match="the backend tensorrt needs plans"):
         load(bundle.path, slots=1, max_batch=1, backend="tensorrt")
     plans = BundlePlans(load_bundle(bundle.path), "float32", PlanCache(tmp_path), GPU, 2, True)
