@@ -49,9 +49,9 @@ class TorchMemory:
         return as_tensor(array).to(self._device, non_blocking=True)
 
     def get(self, values: Tensor) -> Array:
-        """See `Memory.get`."""
-        wide = values.float() if values.dtype == torch.bfloat16 else values
-        array: Array = wide.detach().cpu().numpy()
+        """See `Memory.get`: always a copy, since programs overwrite what they returned before."""
+        wide = torch.float32 if values.dtype == torch.bfloat16 else values.dtype
+        array: Array = values.detach().to("cpu", wide, copy=True).numpy()
         return array
 
     def fill(self, values: Tensor, array: Array) -> None:

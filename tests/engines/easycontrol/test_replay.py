@@ -11,9 +11,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from realtide.engines.easycontrol import export
 from realtide.engines.easycontrol.replay import replay
 from realtide.engines.runtime.golden import CaseError, Report
 from tests.engines.easycontrol.conftest import GOLDEN
+from tests.engines.runtime.exports import exported_once
 from tests.engines.runtime.tensorrt_package import installed
 
 CASES = {"spatial_one": 1, "subject_one": 1, "subject_and_spatial": 2}
@@ -32,16 +34,12 @@ def test_the_modules_compute_what_the_reference_does(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plans_compute_what_the_reference_does(case: str) -> None:
-    """Through all of the plan path; the plans of a stand-in for TensorRT are computed by ONNX Runtime."""
-    with installed() as builder:
-        check(replay(GOLDEN / f"{case}.safetensors", "tensorrt"), CASES[case], 1e-4)
-        assert builder.built == 2
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_graphs_compute_what_the_reference_does(case: str) -> None:
-    check(replay(GOLDEN / f"{case}.safetensors", "onnxruntime"), CASES[case], 1e-4)
+def test_graphs_and_plans_compute_what_the_reference_does(case: str) -> None:
+    """Plans through all of their path; those of a stand-in for TensorRT are computed by ONNX Runtime."""
+    with exported_once(export) as graphs, installed() as builder:
+        for backend in ("onnxruntime", "tensorrt"):
+            check(replay(GOLDEN / f"{case}.safetensors", backend), CASES[case], 1e-4)
+        assert builder.built == len(graphs) == 2
 
 
 def copy(name: str, directory: Path, changes: dict[str, object]) -> Path:

@@ -11,9 +11,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from realtide.engines.longlive import export
 from realtide.engines.longlive.replay import replay
 from realtide.engines.runtime.golden import CaseError, difference
 from tests.engines.longlive.conftest import GOLDEN
+from tests.engines.runtime.exports import exported_once
 from tests.engines.runtime.tensorrt_package import installed
 from tests.engines.runtime.tensorrt_stand_in import HostDevice
 
@@ -35,25 +37,19 @@ def test_the_modules_compute_what_the_reference_does(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_graphs_compute_what_the_reference_does(case: str) -> None:
-    report = replay(GOLDEN / f"{case}.safetensors", "onnxruntime")
-    assert set(report.tensors) == CASES[case]
-    assert report.ok
-    assert max(found.rel_l2 for found in report.tensors.values()) < 1e-4
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_plans_compute_what_the_reference_does(case: str) -> None:
-    """Through all of the plan path; the plans of a stand-in for TensorRT are computed by ONNX Runtime."""
+def test_graphs_and_plans_compute_what_the_reference_does(case: str) -> None:
+    """Plans through all of their path; those of a stand-in for TensorRT are computed by ONNX Runtime."""
     devices: list[HostDevice] = []
-    with installed(devices) as builder:
-        report = replay(GOLDEN / f"{case}.safetensors", "tensorrt")
-        assert builder.built == {"wan_vae_seed31": 2, "umt5_seed41": 1}.get(case, 4)
-    assert {"enqueue", "execute"} <= {call for device in devices for call in device.calls}
-    assert set(report.tensors) == CASES[case]
-    assert (report.backend, report.tolerance) == ("tensorrt", 1e-4)
-    assert report.ok
-    assert max(found.rel_l2 for found in report.tensors.values()) < 1e-4
+    with exported_once(export) as graphs, installed(devices) as builder:
+        reports = [replay(GOLDEN / f"{case}.safetensors", b) for b in ("onnxruntime", "tensorrt")]
+        assert builder.built == len(graphs)
+    for report in reports:
+        assert set(report.tensors) == CASES[case]
+        assert report.tolerance == 1e-4
+        assert report.ok
+        assert max(found.rel_l2 for found in report.tensors.values()) < 1e-4
+    assert devices
+    assert all("execute" in device.calls for device in devices)
 
 
 def copy(name: str, directory: Path, changes: dict[str, object]) -> Path:

@@ -75,6 +75,14 @@ def test_narrow_values_come_back_in_float32() -> None:
     assert torch.equal(again, kept)
 
 
+def test_what_was_read_does_not_change_with_its_origin() -> None:
+    memory = TorchMemory()
+    values = memory.zeros((2,), torch.float32)
+    read = memory.get(values)
+    values.fill_(1)
+    assert read.tolist() == [0.0, 0.0]
+
+
 def test_a_full_device_is_told_in_one_sentence() -> None:
     told = pytest.raises(ProgramError, match="too little memory for two caches: no room")
     with told, out_of_memory("two caches"):
