@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _LOAD, _SERVER, _OUTPUT = "Load", "Server", "Output"
 _SLOTS = 3  # two streams and a neighbour
+_BLOCKS = 60  # of an old video and of a young one, in turn
+_YOUNG = 16  # blocks of the young one before that: they fill the window of every bundle so far
 _SETTLED = 0.2  # of a long video: where its beginning is compared, with the window full
 _SWITCHES, _PACED, _OPENS = 8, 4, 5
 
@@ -95,7 +97,8 @@ def command(
     With an own server (no --server) the engine alone makes the same videos in between, and delivered by alone
     is the median of the ratios of neighbouring runs. Then: time to the first frame, from a new prompt to its
     first frame, and what a neighbour that never reads costs. --long 240 adds videos of four minutes, as many
-    as pairs: time per block at the end over that at the beginning, and the server's memory.
+    as pairs: time per block at the end over that at the beginning, and the server's memory;
+    and blocks of an old video and of a young one in turn.
     docs/benchmarks.md has the details.
 
     Example: realtide bench video --json
@@ -185,6 +188,8 @@ class Bench:
         found["silent_neighbour"] = await self._neighbour()
         if self.long:
             found["long"] = await self._long(model.video)
+            if alone:
+                found["age"] = await self._age(model.video)
         return found
 
     async def _paired(self, plan: VideoPlan, alone: bool) -> dict[str, Any]:
@@ -248,6 +253,12 @@ class Bench:
         ratios = [one["end_by_beginning"] for one in found]
         middle = found[ratios.index(statistics.median_low(ratios))]
         return middle | {"end_by_beginning_of_each": ratios}
+
+    async def _age(self, video: VideoModel) -> dict[str, Any]:
+        """Blocks at the end of a long video and of a young one whose window is full, in turn."""
+        frames = round(self.long * video.frames_per_second)
+        plan = replace(self.plan, frames=frames, count=_BLOCKS, warmup_blocks=_YOUNG)
+        return await self._once("an old video and a young one", plan, "realtide.bench.video_age")
 
     async def _long_one(self, video: VideoModel) -> dict[str, Any]:
         """One long video; the server's resident memory beside it, if it is the own one."""
@@ -412,4 +423,11 @@ def lines(result: dict[str, Any]) -> list[str]:
                 f"  resident {found['resident_bytes_at_the_end'] / 1e6:.0f} MB at the end,"
                 f" {found['resident_growth_percent']} % more than when it had settled"
             )
+    if "age" in result:
+        found = result["age"]
+        text.append(
+            f"a block after {found['old_from_frame']} frames and one after {found['young_from_frame']}, in"
+            f" turn: {found['old_block_ms']} and {found['young_block_ms']} ms, ratio {found['old_by_young']}"
+            f" (quartiles {', '.join(map(str, found['quartiles']))})"
+        )
     return text

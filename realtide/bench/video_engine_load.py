@@ -65,7 +65,7 @@ class _Loop:
         width, height = info.sizes[0]
         self._sessions: list[VideoSession] = []
         for number in range(plan.streams):
-            encoder = _encoder(plan, width, height, info.frames_per_second)
+            encoder = encoder_of(plan, width, height, info.frames_per_second)
             options = VideoOptions(
                 prompt=plan.prompts[0],
                 width=width,
@@ -129,7 +129,8 @@ class _Loop:
             self.stages[stage] = self.stages.get(stage, 0.0) + seconds
 
 
-def _encoder(plan: VideoPlan, width: int, height: int, rate: float) -> FrameEncoder:
+def encoder_of(plan: VideoPlan, width: int, height: int, rate: float) -> FrameEncoder:
+    """The encoder that a server would use."""
     if plan.encoding == "h264":
         return FragmentedMp4(width, height, rate, _CRF)
     return Jpeg(_QUALITY) if plan.encoding == "jpeg" else RawRgb()

@@ -25,6 +25,7 @@ class VideoPlan:
         seconds: Length of the measured window.
         warmup: Seconds before it, with all videos running.
         count: How often, where something is done several times.
+        warmup_blocks: Of a young video, before its blocks are set against an old one's.
         frames: Length of a long video; frames between changes of the prompt.
         pace: Take frames as they would be played.
         buffer_seconds: Video that may be made ahead of what was taken.
@@ -44,6 +45,7 @@ class VideoPlan:
     seconds: float = 8.0
     warmup: float = 2.0
     count: int = 1
+    warmup_blocks: int = 0
     frames: int = 0
     pace: bool = False
     buffer_seconds: float = 2.0

@@ -62,6 +62,16 @@ async def test_the_engine_alone_makes_the_same_videos(video_bundle: Path, encodi
     assert set(found["stage_share_of_time"]) == {"denoise", "clean_pass", "vae", "encode"}
 
 
+async def test_an_old_video_and_a_young_one_make_blocks_in_turn(video_bundle: Path) -> None:
+    plan = replace(PLAN, bundle=str(video_bundle), frames=60, count=3, warmup_blocks=2)
+    found = await asyncio.wait_for(child.run("realtide.bench.video_age", plan, nothing), 120)
+    assert found["blocks_of_each"] == 3
+    assert found["old_from_frame"] >= 60 > found["young_from_frame"] > 0
+    assert min(found["old_block_ms"], found["young_block_ms"]) > 0
+    low, middle, high = found["quartiles"]
+    assert low <= middle == found["old_by_young"] <= high
+
+
 def test_the_command_prints_a_result_that_says_all(video_bundle: Path, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "video.json"
     done = run(
@@ -87,8 +97,16 @@ def test_the_command_prints_a_result_that_says_all(video_bundle: Path, run: Run,
     ratios = result["long"]["end_by_beginning_of_each"]
     assert result["long"]["end_by_beginning"] == sorted(ratios)[(len(ratios) - 1) // 2]
     assert result["long"]["resident_bytes"][0] > 1 << 24
+    assert result["age"]["old_from_frame"] >= 128
     shown = "\n".join(lines(result))
-    for words in ("delivered by alone", "first frame: p50", "paced: p50", "never reads", "128 frames in one"):
+    for words in (
+        "delivered by alone",
+        "first frame: p50",
+        "paced: p50",
+        "never reads",
+        "128 frames in one",
+        "in turn",
+    ):
         assert words in shown
 
 
