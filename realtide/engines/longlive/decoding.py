@@ -219,7 +219,8 @@ class Decoding:
             self._scheduled = True
         self._worker.submit(self._clock.due(self.sent), self)
 
-    def _next(self) -> Callable[[], None] | None:
+    def _next(self) -> Callable[[], bool] | None:
+        """The next piece of work, which says whether somebody is to be told; None: there is none."""
         if self._error is not None:
             return None
         if self._held is not None:
@@ -235,26 +236,34 @@ class Decoding:
     # -- worker's thread ---------------------------------------------------------------------------------
 
     def work(self) -> None:
-        """Do one piece of work."""
+        """Do one piece of work, and ask for the next."""
         with self._busy:
             with self._flags:
                 piece = None if self._resting or self._closed else self._next()
+            told = False
             if piece is not None:
                 try:
-                    piece()
+                    told = piece()
                 except Exception as error:
                     self._error = error
-                    self._wake()
+                    told = True
+        # Decided at once: between two pieces of work nobody may take this session for idle.
         with self._flags:
-            self._scheduled = False
-        self.schedule()
+            again = not self._resting and not self._closed and self._next() is not None
+            self._scheduled = again
+        if again:
+            self._worker.submit(self._clock.due(self.sent), self)
+        # Last: others wait for the caches of a session that becomes idle, and look when they are woken.
+        if told:
+            self._wake()
 
-    def _prime_one(self) -> None:
+    def _prime_one(self) -> bool:
         assert self._decoder is not None
         self._decode(self._decoder, self._prime[0])
         self._prime.popleft()
+        return not self._prime  # the last makes the session idle if it has no credit
 
-    def _decode_one(self) -> None:
+    def _decode_one(self) -> bool:
         assert self._decoder is not None
         frames = self._decode(self._decoder, self._latents[0])
         pixels = self._worker.memory.pixels(frames)
@@ -263,7 +272,7 @@ class Decoding:
         self._held = pixels[skipped:]
         self._done += 1
         self._latents.popleft()
-        self._wake()  # there may be room for another block
+        return True  # there may be room for another block
 
     def _decode(self, decoder: FrameDecoder, latents: Values) -> Values:
         begun = time.perf_counter()
@@ -272,7 +281,7 @@ class Decoding:
         self._on_stage("vae", time.perf_counter() - begun, 1)
         return frames
 
-    def _encode_some(self) -> None:
+    def _encode_some(self) -> bool:
         assert self._held is not None
         count = min(len(self._held), self._group, self._limit - self.sent)
         begun = time.perf_counter()
@@ -286,7 +295,7 @@ class Decoding:
         self._clock.came(self.sent, self._last)
         self._held = self._held[count:] if count < len(self._held) else None
         self.sent += count
-        self._wake()
+        return True
 
 
 def _plain(first: int, frames: Frames8) -> Any:
