@@ -177,6 +177,11 @@ class ServerConfig(BaseModel):
         description="Build plans that the cache lacks while a bundle is loaded, which takes minutes; false: "
         "TensorRT does not serve such a bundle.",
     )
+    torch_compile: bool = Field(
+        False,
+        description="Have PyTorch compile what it runs most (torch.compile), which takes minutes while a "
+        "bundle is loaded; on a processor a C++ compiler is needed.",
+    )
     executors: int = Field(
         1, ge=1, le=64, description="Executor threads per model, each with an engine of its own."
     )

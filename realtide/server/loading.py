@@ -22,8 +22,8 @@ from realtide.server.runtimes import BACKENDS, Choice, Passed, Runtime
 log = logging.getLogger(__name__)
 
 # Engine name in the manifest -> module with `load(bundle, *, slots, max_batch, precision, threads,
-# step_latency, backend)`; those of _LARGE also take `resident`, those of _CACHED `cache_bytes`, and `device`
-# whichever a GPU can serve.
+# step_latency, backend)`; those of _LARGE also take `resident`, those of _CACHED `cache_bytes`, `device`
+# whichever a GPU can serve, and `compiled` with PyTorch.
 ENGINES = {
     "ancat": "realtide.engines.ancat.engine",
     "longlive": "realtide.engines.longlive.engine",
@@ -88,6 +88,8 @@ def _made(
     backend, device = BACKENDS[runtime]
     if device != "cpu":
         more["device"] = device
+    if backend == "torch":
+        more["compiled"] = config.torch_compile
     if runtime == "tensorrt":
         batch = min(model.max_batch or config.max_batch or max(shares), max(shares))
         more["plan_of"] = _plans(bundle, model, config, batch)

@@ -10,6 +10,8 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
+from torch import nn
 
 from realtide.bundle import BundleError
 from realtide.engines.runtime import gpu
@@ -238,6 +240,22 @@ def test_tensorrt_serves_from_plans_and_a_bundle_without_is_passed_over(
         assert (again.choice, builder.built) == (Choice("tensorrt"), 7)
     for each in (loaded, built, again):
         for engine in each.engines:
+            engine.close()
+
+
+def test_pytorch_compiles_if_it_is_asked_to(video_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def plain(module: nn.Module, **options: Any) -> nn.Module:
+        compiled.append(type(module).__name__)
+        return module
+
+    monkeypatch.setattr(torch, "compile", plain)
+    model = ModelConfig(bundle=video_bundle, runtimes=("torch-cpu",))
+    for wanted in (False, True):
+        loaded = load_engines(model, ServerConfig(video_slots=1, torch_compile=wanted))
+        assert bool(compiled) == wanted
+        for engine in loaded.engines:
             engine.close()
 
 

@@ -93,8 +93,10 @@ def onnxruntime(source: Source, threads: int) -> Loaded:
     return Loaded(encoder, _host_joiner(joiner), source.rows(state))
 
 
-def torch(source: Source, threads: int, device: str | None) -> Loaded:
+def torch(source: Source, threads: int, device: str | None, compiled: bool = False) -> Loaded:
     """The PyTorch modules on a device; None: on the processor, in the form that suits it if that is float32.
+
+    What is compiled is the form of fixed sizes, for the processor too.
 
     In bfloat16 the joiner stays in float32: it is small, and every score of the search is its own.
 
@@ -103,14 +105,14 @@ def torch(source: Source, threads: int, device: str | None) -> Loaded:
     """
     from realtide.engines.ancat.torch_programs import programs
 
-    if device is not None or source.precision != "float32":
-        return _torch_device(source, threads, device or "cpu")
+    if device is not None or source.precision != "float32" or compiled:
+        return _torch_device(source, threads, device or "cpu", compiled)
     state = source.arrays()
     encoder, joiner = programs(source.config, source.step_frames, source.weights, state, threads)
     return Loaded(encoder, _host_joiner(joiner), source.rows(state))
 
 
-def _torch_device(source: Source, threads: int, device: str) -> Loaded:
+def _torch_device(source: Source, threads: int, device: str, compiled: bool) -> Loaded:
     """The static step with all state on a device; on a GPU it is recorded as CUDA graphs."""
     import torch
 
@@ -129,7 +131,7 @@ def _torch_device(source: Source, threads: int, device: str) -> Loaded:
         model = torch_programs.build(source.config, source.weights).to(device)
         model.encoder.to(kinds["float32"])
         encoder, joiner = torch_programs.device_programs(
-            model, source.step_frames, state, record=device != "cpu"
+            model, source.step_frames, state, record=device != "cpu", compiled=compiled
         )
         return _on_device(source, memory, encoder, joiner, state)
 

@@ -279,6 +279,7 @@ def load(
     backend: str = "onnxruntime",
     device: str | None = None,
     plan_of: PlanOf | None = None,
+    compiled: bool = False,
 ) -> AncatEngine:
     """Load a bundle into an engine.
 
@@ -294,6 +295,7 @@ def load(
         device: of the backends ``torch`` and ``tensorrt``: ``cuda:0``, or ``cpu`` to run the same programs
             there. None: the processor, with programs that suit it.
         plan_of: where the backend ``tensorrt`` has plans in this precision from.
+        compiled: have PyTorch compile its programs, in the form for GPUs, while the bundle is loaded.
 
     Raises:
         BundleError, ProgramError: the bundle is not usable; the message names the file or the field.
@@ -319,7 +321,7 @@ def load(
             raise ProgramError("the backend tensorrt needs plans")
         made = backends.tensorrt(source, device or "cpu", plan_of)
     elif backend == "torch":
-        made = backends.torch(source, threads, device)
+        made = backends.torch(source, threads, device, compiled)
     else:
         made = backends.onnxruntime(source, threads)
     tokenizer = Tokenizer(loaded.asset("tokenizer"))

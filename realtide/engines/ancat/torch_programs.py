@@ -90,12 +90,18 @@ def programs(
 
 
 def device_programs(
-    model: Transducer, step_frames: int, state: Mapping[str, Tensor], *, record: bool
+    model: Transducer,
+    step_frames: int,
+    state: Mapping[str, Tensor],
+    *,
+    record: bool,
+    compiled: bool = False,
 ) -> tuple[ResidentProgram, ResidentProgram]:
     """The static encoder step and the joiner on the model's device.
 
     `state` as in `config.static_shapes`, in that order and on the device, with the encoder's own type instead
-    of float32; updated in place. `record`: replay CUDA graphs, one for each size of calls.
+    of float32; updated in place. `record`: replay CUDA graphs, one for each size of calls;
+    `compiled`: compile first.
     """
     config, device, dtype = model.config, model.joiner.out.weight.device, model.encoder.project.weight.dtype
     step: Any = StaticStep(model.encoder, step_frames, static_lanes(step_frames))
@@ -104,8 +110,8 @@ def device_programs(
         step = WithoutDial(step, len(inputs))
     else:
         inputs |= {"least": torch.float32, "cap": torch.int64, "final": torch.int64}
-    call = named(DeviceProgram(step, tuple(state.values()), record=record), STATIC_OUTPUTS)
+    call = named(DeviceProgram(step, tuple(state.values()), record=record, compiled=compiled), STATIC_OUTPUTS)
     encoder = ResidentProgram("encoder", call, inputs, device)
-    score = named(DeviceProgram(JoinerProgram(model), (), record=record), ("log_probs",))
+    score = named(DeviceProgram(JoinerProgram(model), (), record=record, compiled=compiled), ("log_probs",))
     types = {"encoded": torch.float32, "contexts": torch.int64}
     return encoder, ResidentProgram("joiner", score, types, device)

@@ -70,7 +70,7 @@ def onnx(model: Model, threads: int) -> Loaded:
     return Loaded(programs, HOST, programs.denoise.inputs[0].dtype)
 
 
-def torch(model: Model, threads: int, device: str) -> Loaded:
+def torch(model: Model, threads: int, device: str, compiled: bool = False) -> Loaded:
     """The PyTorch modules, on a device. Raises ProgramError: it has too little memory."""
     import torch
 
@@ -84,7 +84,7 @@ def torch(model: Model, threads: int, device: str) -> Loaded:
         made.transformer.fuse()
         for module in made.parts().values():
             module.to(device, dtype)
-        programs = torch_programs.image_programs(made, model.config)
+        programs = torch_programs.image_programs(made, model.config, compiled)
     return Loaded(programs, TorchMemory(device))
 
 

@@ -208,6 +208,7 @@ def load(
     backend: str = "onnxruntime",
     device: str = "cpu",
     plan_of: PlanOf | None = None,
+    compiled: bool = False,
     cache_bytes: int | None = None,
 ) -> EasyControlEngine:
     """Load a bundle into an engine.
@@ -222,6 +223,7 @@ def load(
         backend: ``onnxruntime``, ``torch`` where PyTorch is installed, or ``tensorrt``.
         device: of the backends ``torch`` and ``tensorrt``: ``cpu``, or ``cuda:0``.
         plan_of: where the backend ``tensorrt`` has plans in this precision from.
+        compiled: have PyTorch compile what a step runs, when the first image of a size comes.
         cache_bytes: budget of the condition cache; None: 256 MiB, or a few conditions if that is more.
 
     Raises:
@@ -259,7 +261,7 @@ def load(
             raise ProgramError("the backend tensorrt needs plans")
         made = backends.tensorrt(model, device, plan_of)
     elif backend == "torch":
-        made = backends.torch(model, threads, device)
+        made = backends.torch(model, threads, device, compiled)
     else:
         made = backends.onnx(model, threads)
     store = ConditionStore(budget, each)

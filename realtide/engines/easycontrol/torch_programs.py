@@ -74,10 +74,11 @@ def transformer(config: TransformerConfig, weights: Mapping[str, Array]) -> Flux
     return load(model, weights)
 
 
-def denoise_program(model: FluxTransformer, config: ImageConfig) -> Runs:
+def denoise_program(model: FluxTransformer, config: ImageConfig, compiled: bool = False) -> Runs:
     """Velocities of a batch; see `steps.Denoise`."""
     inputs, outputs = denoise_specs(config)
-    return _program(Denoise(model), [spec.name for spec in inputs], [spec.name for spec in outputs])
+    names = [spec.name for spec in inputs], [spec.name for spec in outputs]
+    return _program(Denoise(model), *names, compiled)
 
 
 def remember_program(model: FluxTransformer, config: ImageConfig) -> Runs:
@@ -86,11 +87,11 @@ def remember_program(model: FluxTransformer, config: ImageConfig) -> Runs:
     return _program(Remember(model), [spec.name for spec in inputs], [spec.name for spec in outputs])
 
 
-def image_programs(made: Modules, config: ImageConfig) -> ImagePrograms:
-    """All programs, where the modules lie and in their precision."""
+def image_programs(made: Modules, config: ImageConfig, compiled: bool = False) -> ImagePrograms:
+    """All programs, where the modules lie and in their precision; what a step runs compiled, if wanted."""
     return ImagePrograms(
         remember=remember_program(made.transformer, config),
-        denoise=denoise_program(made.transformer, config),
+        denoise=denoise_program(made.transformer, config, compiled),
         encode=_program(Encode(made.vae), ["pixels"], ["latents"]),
         decode=_program(Decode(made.vae), ["latents"], ["pixels"]),
         preview=_program(Preview(made.preview), ["latents"], ["pixels"]),
@@ -99,12 +100,14 @@ def image_programs(made: Modules, config: ImageConfig) -> ImagePrograms:
     )
 
 
-def _program(module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> Runs:
+def _program(
+    module: nn.Module, inputs: Sequence[str], outputs: Sequence[str], compiled: bool = False
+) -> Runs:
     """A module that is run kernel by kernel: sizes change from image to image."""
     weight = next(module.parameters())
     # Rotary tables stay in float32 whatever the model computes in.
     types = dict.fromkeys(inputs, weight.dtype) | {
         name: kind for name, kind in (("table", torch.float32), ("ids", torch.int64)) if name in inputs
     }
-    call = named(DeviceProgram(module, []), outputs)
+    call = named(DeviceProgram(module, [], compiled=compiled, varying=True), outputs)
     return ResidentProgram(type(module).__name__, call, types, weight.device)

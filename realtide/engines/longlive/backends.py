@@ -112,10 +112,11 @@ def onnx(model: Model, count: int, threads: int) -> Loaded:
     return Loaded(onnx_programs.text_program(graph(TEXT_GRAPH), model.weights, options), caches, HOST)
 
 
-def torch(model: Model, count: int, threads: int, device: str) -> Loaded:
+def torch(model: Model, count: int, threads: int, device: str, compiled: bool = False) -> Loaded:
     """`count` caches over the PyTorch modules, on a device.
 
-    On a GPU the passes over a block and decoding are recorded as CUDA graphs before anybody watches.
+    On a GPU the passes over a block and decoding are recorded as CUDA graphs before anybody watches;
+    compiled before that, on the processor too, if it is wanted.
 
     Raises:
         ProgramError: the device has too little memory, or a graph cannot be recorded.
@@ -143,12 +144,20 @@ def torch(model: Model, count: int, threads: int, device: str) -> Loaded:
                 {name: memory.zeros(shape, dtype) for name, shape in shapes.items()}
                 for shapes in (model.keys(), model.features())
             )
-            passes = torch_programs.video_programs(network, model.config, keys, record=gpu, pool=pools[0])
+            passes = torch_programs.video_programs(
+                network, model.config, keys, record=gpu, compiled=compiled, pool=pools[0]
+            )
             halves = torch_programs.decoder_programs(
-                decoder, features, stream.height, stream.width, record=gpu, pool=pools[1]
+                decoder,
+                features,
+                stream.height,
+                stream.width,
+                record=gpu,
+                compiled=compiled,
+                pool=pools[1],
             )
             caches.append(Cache(passes, keys, halves, features))
-        if gpu:
+        if gpu or compiled:
             for cache in caches:
                 warm_up(model, cache, memory)
     return Loaded(torch_programs.text_program(encoder), caches, memory)

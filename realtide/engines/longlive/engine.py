@@ -195,6 +195,7 @@ def load(
     backend: str = "onnxruntime",
     device: str = "cpu",
     plan_of: PlanOf | None = None,
+    compiled: bool = False,
     resident: int | None = None,
 ) -> LongLiveEngine:
     """Load a bundle into an engine.
@@ -210,6 +211,7 @@ def load(
         backend: ``onnxruntime``, ``torch`` where PyTorch is installed, or ``tensorrt``.
         device: of the backends ``torch`` and ``tensorrt``: ``cpu``, or ``cuda:0``.
         plan_of: where the backend ``tensorrt`` has plans in this precision from.
+        compiled: have PyTorch compile what it runs for every block, while the bundle is loaded.
         resident: sessions whose caches are in memory, at most `slots`; None: all.
 
     Raises:
@@ -244,7 +246,7 @@ def load(
             raise ProgramError("the backend tensorrt needs plans")
         made = backends.tensorrt(model, count, device, plan_of)
     elif backend == "torch":
-        made = backends.torch(model, count, threads, device)
+        made = backends.torch(model, count, threads, device, compiled)
     else:
         made = backends.onnx(model, count, threads)
     memory = made.memory

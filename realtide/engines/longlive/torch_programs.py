@@ -56,7 +56,13 @@ def text_encoder(config: TextConfig, weights: Mapping[str, Array]) -> TextEncode
 
 
 def video_programs(
-    model: WanTransformer, config: VideoConfig, cache: State, *, record: bool = False, pool: Any = None
+    model: WanTransformer,
+    config: VideoConfig,
+    cache: State,
+    *,
+    record: bool = False,
+    compiled: bool = False,
+    pool: Any = None,
 ) -> VideoPrograms:
     """Programs of one session over its cache (`config.cache_shapes`), updated in place.
 
@@ -65,6 +71,7 @@ def video_programs(
         config: its shapes.
         cache: tensors of the model's device and precision; on the processor arrays too.
         record: replay CUDA graphs of the passes over a block. A recache comes seldom, and with many sizes.
+        compiled: compile those passes first.
         pool: see `DeviceProgram`.
 
     Raises:
@@ -80,9 +87,14 @@ def video_programs(
         if spec.name not in crossed
     }
 
-    def made(module: Callable[..., nn.Module], outputs: Sequence[str], replayed: bool, held: int) -> Runs:
+    def made(module: Callable[..., nn.Module], outputs: Sequence[str], often: bool, held: int) -> Runs:
         program = DeviceProgram(
-            module(model, config, held), state, list(bound.tensors.values()), record=replayed, pool=pool
+            module(model, config, held),
+            state,
+            list(bound.tensors.values()),
+            record=record and often,
+            compiled=compiled and often,
+            pool=pool,
         )
         return ResidentProgram(module.__name__, named(program, outputs), types, device, bound)
 
@@ -91,8 +103,8 @@ def video_programs(
     )
     return VideoPrograms(
         prompt=text,
-        denoise=_Held(partial(made, Denoise, ["flow"], record)),
-        clean=_Held(partial(made, Remember, [], record)),
+        denoise=_Held(partial(made, Denoise, ["flow"], True)),
+        clean=_Held(partial(made, Remember, [], True)),
         recache=_Held(partial(made, Remember, [], False)),
     )
 
@@ -116,7 +128,14 @@ class _Held:
 
 
 def decoder_programs(
-    model: WanVae, caches: State, height: int, width: int, *, record: bool = False, pool: Any = None
+    model: WanVae,
+    caches: State,
+    height: int,
+    width: int,
+    *,
+    record: bool = False,
+    compiled: bool = False,
+    pool: Any = None,
 ) -> HalfPrograms:
     """Decoding programs of one stream of latents of `height` x `width` over its feature caches.
 
@@ -125,9 +144,8 @@ def decoder_programs(
     state = state_tensors(decoder_shapes(model.config, height, width), caches)
 
     def made(module: Callable[[WanVae], nn.Module]) -> Runs:
-        return _half(
-            model, DeviceProgram(module(model), state, record=record, pool=pool), "latents", "frames"
-        )
+        program = DeviceProgram(module(model), state, record=record, compiled=compiled, pool=pool)
+        return _half(model, program, "latents", "frames")
 
     return HalfPrograms(first=made(DecodeFirst), later=made(DecodeNext))
 

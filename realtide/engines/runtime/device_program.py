@@ -24,6 +24,9 @@ _WARM_UP = 2
 # While one graph is recorded no thread may begin with another: it would wait for the whole device.
 _RECORDING = threading.Lock()
 
+_FORMS = 64
+"""So often one piece of code may be compiled; more is taken for a mistake, and refused."""
+
 Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
@@ -46,8 +49,9 @@ class DeviceProgram:
         bound: inputs that stay where they are: graphs read them in place, and the caller may write to them
             between runs. Large ones belong here, since others are copied for a graph.
         record: replay CUDA graphs. What `run` returns is then overwritten by the next run of these shapes.
-        compiled: compile the module with `torch.compile` first. The first run of each set of shapes then
-            takes as long as the compiler does: a minute or more for a large model.
+        compiled: compile the module with `torch.compile`, as one graph. The first run of each set of shapes
+            then takes as long as the compiler does: a minute or more for a large model.
+        varying: sizes change from run to run: compile for any size once a second one has come.
         pool: memory for what is computed inside graphs, shared by programs that never run at once
             (`torch.cuda.graph_pool_handle`); None: each graph has its own.
 
@@ -63,6 +67,7 @@ class DeviceProgram:
         *,
         record: bool = False,
         compiled: bool = False,
+        varying: bool = False,
         pool: Any = None,
     ) -> None:
         self._state, self._bound = tuple(state), tuple(bound)
@@ -76,7 +81,10 @@ class DeviceProgram:
         self._name = type(module).__name__
         self._call: Any = module.eval()
         if compiled:
-            self._call = torch.compile(self._call, dynamic=False)
+            # Sessions, fill levels of a window and sizes each have a form of their own of the same code.
+            limits: Any = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, _FORMS)
+            self._call = torch.compile(self._call, dynamic=None if varying else False, fullgraph=True)
         self._record, self._pool = record, pool
         self._recorded: dict[Shapes, _Recorded] = {}
 
@@ -108,7 +116,15 @@ class DeviceProgram:
             return recorded.outputs
 
     def _eager(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        results = self._call(*inputs, *self._bound, *self._state)
+        try:
+            results = self._call(*inputs, *self._bound, *self._state)
+        except RuntimeError as error:
+            from torch._dynamo.exc import TorchDynamoException  # slow to import, and seldom wanted
+
+            if not isinstance(error, TorchDynamoException):
+                raise
+            first = str(error).strip().partition("\n")[0]
+            raise ProgramError(f"{self._name} cannot be compiled: {first}") from error
         if isinstance(results, Tensor):
             results = (results,)
         count = len(results) - len(self._state)

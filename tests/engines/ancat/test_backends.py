@@ -102,6 +102,18 @@ def test_recordings_by_plans_give_the_same(
     assert not {"upload", "download", "copy back"} & set(devices[0].calls)
 
 
+def test_compiled_programs_give_the_same(
+    bundle: SmallBundle, clips: dict[str, Clip], captured: list[str]
+) -> None:
+    some = {name: clips[name] for name in ("digit-three", "wake-alexa")}
+    room = Room(bundle.path, "torch", 2, compiled=True)
+    assert len(captured) == 2
+    for have, want in zip(
+        together(room, some, "37 ms"), together(Room(bundle.path), some, "37 ms"), strict=True
+    ):
+        same(have, want)
+
+
 def test_bfloat16_is_near_and_half_as_large(bundle: SmallBundle, clips: dict[str, Clip]) -> None:
     room = Room(bundle.path, "torch", precision="bf16")
     assert (room.engine.info.backend, room.engine.info.precision) == ("torch", "bf16")

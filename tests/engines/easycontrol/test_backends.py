@@ -52,6 +52,16 @@ def planned(bundle: Path, cache: Path, precision: Precision, *, build: bool = Tr
     return load(bundle, slots=4, max_batch=4, precision=precision, backend="tensorrt", plan_of=plans)
 
 
+def test_compiled_steps_draw_the_same(image_bundle: Path, captured: list[str]) -> None:
+    plain, compiled = (
+        load(image_bundle, slots=4, max_batch=4, backend="torch", compiled=compiled)
+        for compiled in (False, True)
+    )
+    assert captured == ["Denoise"]
+    for have, want in zip(drawn(compiled, (0, 1, 2)), drawn(plain, (0, 1, 2)), strict=True):
+        assert np.abs(have - want).max() <= 1
+
+
 def test_plans_draw_what_graphs_draw(image_bundle: Path, tmp_path: Path) -> None:
     wanted = load(image_bundle, slots=4, max_batch=4)
     devices: list[HostDevice] = []

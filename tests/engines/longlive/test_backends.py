@@ -108,6 +108,15 @@ def test_bfloat16_is_near_float32_and_goes_on_from_its_own_checkpoints(video_bun
     assert len(begun) == 9
 
 
+def test_compiled_video_is_the_same(video_bundle: Path, captured: list[str]) -> None:
+    plain, compiled = engine(video_bundle), engine(video_bundle, compiled=True)
+    assert set(captured) == {"Denoise", "Remember", "DecodeFirst", "DecodeNext"}  # while it was loaded
+    before = len(captured)
+    frames = [np.stack(run(each, [each.open(OPTIONS)])[0]) for each in (plain, compiled)]
+    assert np.abs(frames[0] - frames[1]).max() <= 1
+    assert len(captured) == before
+
+
 def test_pytorch_computes_in_float32_and_bfloat16_only(video_bundle: Path) -> None:
     with pytest.raises(
         BundleError, match="precision must be one of float32, bfloat16 with the backend torch, not 'float16'"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -233,3 +235,44 @@ def test_bfloat16_is_close_to_float32() -> None:
     ).run(*video_inputs(config, 3, 9, torch.bfloat16))[0]
     assert narrow.dtype == torch.bfloat16
     assert 0 < float((narrow.float() - wide).norm() / wide.norm()) < 0.02
+
+
+class Branches(nn.Module):
+    """Needs a value before it can go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("varying", [False, True])
+def test_a_compiled_program_does_the_same(captured: list[str], varying: bool) -> None:
+    total = torch.zeros(2)
+    program = DeviceProgram(Sum(False), [total], compiled=True, varying=varying)
+    address = total.data_ptr()
+    for number in (1.0, 2.0, 3.0):
+        (out,) = program.run(torch.full((2,), number))
+    assert out.tolist() == [12.0, 12.0]
+    assert total.tolist() == [6.0, 6.0]
+    assert total.data_ptr() == address
+    assert captured == ["Sum"]
+
+
+def test_what_is_no_single_graph_is_refused(captured: list[str]) -> None:
+    with pytest.raises(ProgramError, match="Branches cannot be compiled: "):
+        DeviceProgram(Branches(), [], compiled=True).run(torch.ones(1))
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+def test_the_compiler_does_the_same() -> None:
+    total = torch.zeros(2)
+    program = DeviceProgram(Sum(False), [total], compiled=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        outs = [program.run(torch.ones(2))[0].tolist() for _ in range(2)]
+    torch._dynamo.reset()
+    assert outs == [[2.0, 2.0], [4.0, 4.0]]
+    assert total.tolist() == [2.0, 2.0]
