@@ -28,28 +28,39 @@ def export(
     measure: Annotated[
         bool, typer.Option(help="Run every graph beside the float32 one and report the difference.")
     ] = True,
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="What benchmarks/precisions.py wrote. Default: what the source tree has."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a bundle's graphs in another precision, and how far their results are from float32.
 
     Graphs hold no weights: the new ones go with the bundle's own weight file. fp16 and bf16 are for GPUs
     (`realtide models build` compiles them), int8 is for ONNX Runtime on a CPU. Both graphs run on the CPU on
-    random samples at the bundle's sizes; of bf16, which ONNX Runtime does not compute there, nothing is
-    measured. Exits with 1 if an output is further off than the report's bound.
+    random samples at the bundle's sizes; bf16, which ONNX Runtime does not compute there, in a form that
+    rounds every result to it. What the bundle scores in the precision (words, motion, edges) is told if that
+    was measured. Exits with 1 if an output is further off than the report's bound.
 
     Example: realtide models export longlive-emoji --precision fp16 --out graphs
     """
     from realtide import variants
     from realtide.engines.runtime.program import ProgramError
+    from realtide.precision_scores import FILE, scores_of
 
     loaded, long = loaded_bundle(bundle), _precision(precision)
+    if scores is not None and not scores.exists():
+        raise UsageError(f"scores: there is no file {scores}")
     directory = out or Path(f"{loaded.manifest.name}-{precision}")
     try:
         with _bars() as bar:
             found = variants.export_variant(loaded, long, directory, bar("rewriting"))
-            report = variants.report_variant(loaded, long, found, bar("measuring"), measured=measure)
+            own = scores_of(loaded, long, scores or FILE)
+            report = variants.report_variant(
+                loaded, long, found, bar("measuring"), measured=measure, scores=own
+            )
         path = variants.write_report(report, directory)
-    except (variants.VariantError, ProgramError) as error:
+    except (ValueError, ProgramError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(f"{directory}: {error.strerror}") from None

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from realtide import variants
-from realtide.bundle import load_manifest
+from realtide.bundle import load_bundle, load_manifest
+from realtide.precision_scores import identity
 from tests.cli.conftest import ROOT, Run
 
 SPEECH = str(ROOT / "models" / "ancat-commands-en")
@@ -47,11 +48,34 @@ def test_export_writes_graphs_and_a_report(run: Run, tmp_path: Path) -> None:
 
 
 def test_export_says_what_is_not_measured(run: Run) -> None:
-    done = run("models", "export", SPEECH, "--precision", "bf16")
-    assert done.code == 0
-    assert "ONNX Runtime computes no bfloat16 on a CPU" in done.out
     skipped = run("models", "export", SPEECH, "--precision", "fp16", "--no-measure", "--json")
     assert {row["not_measured"] for row in json.loads(skipped.out)["programs"]} == {"as asked"}
+
+
+def test_export_tells_the_scores_of_these_weights(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "scores.json"
+    call = (
+        "models",
+        "export",
+        SPEECH,
+        "--precision",
+        "fp16",
+        "--no-measure",
+        "--json",
+        "--scores",
+        str(file),
+    )
+    assert (run(*call).code, run(*call).err) == (2, f"realtide: scores: there is no file {file}\n")
+    scores = {"float32": {"rate": 0.1}, "float16": {"rate": 0.2}, "int8": {"rate": 0.3}}
+    entry = identity(load_bundle(SPEECH)) | {"scores": scores}
+    file.write_text(json.dumps({"bundles": {"ancat-commands-en": entry}}))
+    assert json.loads(run(*call).out)["scores"] == {"float32": {"rate": 0.1}, "float16": {"rate": 0.2}}
+    file.write_text(json.dumps({"bundles": {"ancat-commands-en": entry | {"version": "9.9.9"}}}))
+    told = json.loads(run(*call).out)["scores"]
+    assert told.startswith("not measured for these weights in float16: needs the data of models/")
+    file.write_text("[]")
+    done = run(*call)
+    assert (done.code, "holds no scores of precisions" in done.err) == (1, True)
 
 
 def test_export_fails_where_the_report_is_out_of_bounds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

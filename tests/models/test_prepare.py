@@ -80,6 +80,34 @@ def test_a_pool_is_the_same_for_one_process_and_two(
     assert 0.1 < rows["synthetic_share"] < 0.5
 
 
+def test_the_test_sets_alone_are_those_that_all_sets_have(
+    recipe: Recipe, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare, pool, data = recipe("prepare"), recipe("pool"), recipe("data")
+    monkeypatch.setattr(prepare, "STRINGS", 3)
+    monkeypatch.setattr(prepare, "read_prompts", lambda wide=False: ([], None))
+
+    def one(name: str, sound: str, text: str, table: str, split: str = "test") -> Any:
+        return data.Utterance(name, clips / f"{sound}.flac", text, table, split, "x", 0.4)
+
+    sounds = ("digit-three", "digit-seven")
+    utterances = [
+        *(one(f"x/{digit}_{take}", sounds[take], digit, "fsdd") for digit in DIGITS for take in range(2)),
+        one("order", "coffee-mocha", "a mocha", "coffee"),
+        one("learned", "coffee-mocha", "a mocha", "coffee", "train"),
+        one("call", "wake-alexa", "alexa", "wakeword"),
+    ]
+    noise = data.load_audio(clips / "digit-three.flac")
+    prepare.write_tests(tmp_path / "alone", utterances)
+    prepare.build_evals(tmp_path / "all", utterances, [noise])
+    written = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert written == ["coffee_test", "digits_test", "strings_test", "wakeword_test"]
+    for name in written:
+        have, want = (pool.load_pool(tmp_path / part / name) for part in ("alone", "all"))
+        assert have.records == want.records
+        np.testing.assert_array_equal(have.audio, want.audio)
+
+
 def test_evaluation_sets_have_harder_variants_with_equal_texts(
     recipe: Recipe, clips: Path, tmp_path: Path
 ) -> None:

@@ -40,6 +40,10 @@ SYNTHETIC_SHARE = {
     "mix": 0.25,
 }
 SEED = 20230504
+STRINGS = 300
+STRING_SEEDS = {"dev": 7, "test": 11, "held-out": 13}
+TESTS = {"digits": "fsdd", "coffee": "coffee", "wakeword": "wakeword"}
+"""Names of the test sets that are single recordings of one table."""
 _STATE: dict[str, object] = {}
 
 
@@ -215,11 +219,17 @@ def write_eval(folder: Path, examples: Sequence[tuple[Record, Wave]], noises: Se
         "_phone": lambda wave, index: harder(wave, "phone", index, noises),
     }
     for suffix, change in variants.items():
-        with PoolWriter(folder.with_name(folder.name + suffix), audio=True) as writer:
-            for index, (record, wave) in enumerate(examples):
-                # What is stored and what is scored are the same 16-bit samples.
-                heard = as_wave(as_samples(change(wave, index)))
-                writer.add(record, features_of(heard), heard)
+        changed = [(record, change(wave, index)) for index, (record, wave) in enumerate(examples)]
+        write_set(folder.with_name(folder.name + suffix), changed)
+
+
+def write_set(folder: Path, examples: Iterable[tuple[Record, Wave]]) -> None:
+    """Write one set with audio."""
+    with PoolWriter(folder, audio=True) as writer:
+        for record, wave in examples:
+            # What is stored and what is scored are the same 16-bit samples.
+            heard = as_wave(as_samples(wave))
+            writer.add(record, features_of(heard), heard)
 
 
 def build_evals(out: Path, utterances: Sequence[Utterance], noises: Sequence[Wave]) -> None:
@@ -239,8 +249,17 @@ def build_evals(out: Path, utterances: Sequence[Utterance], noises: Sequence[Wav
             if members:
                 write_eval(out / f"{ {'fsdd': 'digits'}.get(name, name) }_{split}", single(members), noises)
         if chosen["fsdd"]:
-            seed = {"dev": 7, "test": 11, "held-out": 13}[split]
-            write_eval(out / f"strings_{split}", digit_strings(chosen["fsdd"], 300, seed), noises)
+            strings = digit_strings(chosen["fsdd"], STRINGS, STRING_SEEDS[split])
+            write_eval(out / f"strings_{split}", strings, noises)
+
+
+def write_tests(out: Path, utterances: Sequence[Utterance]) -> None:
+    """The test sets that need only the tables, without variants; the same as `build_evals` writes."""
+    for name, set_name in TESTS.items():
+        members = [u for u in utterances if u.set == set_name and u.split == "test"]
+        write_set(out / f"{name}_test", single(members))
+    digits = [u for u in utterances if u.set == "fsdd" and u.split == "test"]
+    write_set(out / "strings_test", digit_strings(digits, STRINGS, STRING_SEEDS["test"]))
 
 
 def train_clips(utterances: Sequence[Utterance], cache: Path) -> list[Clip]:
@@ -298,10 +317,19 @@ def main() -> None:
     parser.add_argument("--hold-out-speaker", help="FSDD speaker to leave out of training, for a check only")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--skip-eval", action="store_true", help="leave the evaluation sets as they are")
+    parser.add_argument(
+        "--only-tests",
+        action="store_true",
+        help="write the plain test sets of digits, strings, orders and wake phrases, and nothing else; "
+        "needs no prompts",
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     utterances = read_tables(args.speech, args.hold_out_speaker)
+    if args.only_tests:
+        write_tests(args.out / "eval", utterances)
+        return
     clips = train_clips(utterances, args.out / "clips.npz")
     # Babble is made of training clips that are longer than a word.
     noises = [clip.wave()[slice(*clip.bounds)] for clip in clips if clip.speech_seconds > 1.0][::3]
