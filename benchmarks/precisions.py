@@ -1,12 +1,14 @@
 """What each precision costs the small bundles in words, motion and edges, and what int8 gains in time.
 
+Besides: how far golden cases are from their reference in it.
+
 Scores are those of the bundles' recipes, through the engines that serve them: float32 and int8 with the
 bundle's own graphs; others with a form of their graphs that a processor computes, rounding every result
 (`realtide/engines/runtime/host_form.py`). Times are of int8 on one core against float32, taking turns. A
 part whose data is not given is left out and named.
 
     python benchmarks/precisions.py --eval DATA/eval --icons ICONS --pictures RUN/pictures.npz \
-           [--bundle NAME ...] [--precision int8 ...] [--part times scores] [--out FILE] [--table]
+           [--bundle NAME ...] [--precision int8 ...] [--part times scores golden] [--out FILE] [--table]
 
 `--eval`: test sets, by `prepare.py --only-tests` of models/ancat-commands-en/recipe; `--icons`: the folder of
 both icon packages, `--pictures`: as in models/easycontrol-emoji/recipe. What the file has of the same bundle
@@ -44,6 +46,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SETS = ("digits_test", "strings_test", "coffee_test", "wakeword_test")
 PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "float16", "bfloat16")
 PROMPTS = ("a red apple moves to the right on a blue background", "a red apple moves up on a blue background")
+
+
+def moment() -> dict[str, str]:
+    """When and at which commit."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"commit": report.commit(), "date": date}
 
 
 def paired(runs: dict[str, Callable[[], float]], rounds: int) -> tuple[dict[str, float], float]:
@@ -154,6 +162,30 @@ def image_times(bundle: Path, rounds: int) -> list[dict[str, Any]]:
     return [{"what": "a step", "latents": shape, "ms_per_step": each, "int8_by_float32": ratio}]
 
 
+def golden(results: dict[str, Any], now: dict[str, str]) -> None:
+    """Replay every golden case of the engines in every precision; worst tensors into `results`."""
+    from realtide.engines.easycontrol import replay as easycontrol
+    from realtide.engines.longlive import replay as longlive
+    from realtide.engines.runtime.golden import NARROW, quiet
+
+    for name, engine in (("easycontrol", easycontrol), ("longlive", longlive)):
+        found: dict[str, Any] = {}
+        for path in sorted((ROOT / "tests" / "golden" / name).glob("*.safetensors")):
+            if name == "easycontrol" and not path.name.startswith(("spatial", "subject")):
+                continue  # weights, and parts of other models, which tests hold to other references
+            if "weights" in path.name:
+                continue
+            print(f"golden case {path.stem}", file=sys.stderr)
+            for precision in ("float32", *NARROW):
+                with quiet():
+                    report = engine.replay(path, "onnxruntime", precision=precision)
+                tensors = {tensor: float(f"{d.rel_l2:.3g}") for tensor, d in report.tensors.items()}
+                found.setdefault(precision, {})[path.stem] = {
+                    "worst": max(tensors.values()), "bound": report.tolerance, "rel_l2": tensors
+                }  # fmt: skip
+        results["golden"][name] = {**found, **now}
+
+
 TIMES = {"ancat": speech_times, "longlive": video_times, "easycontrol": image_times}
 
 
@@ -211,7 +243,9 @@ def main() -> None:
     )
     parser.add_argument("--bundle", type=Path, nargs="*", help="default: all below models/")
     parser.add_argument("--precision", nargs="*", default=list(PRECISIONS), choices=PRECISIONS)
-    parser.add_argument("--part", nargs="*", default=["times", "scores"], choices=["times", "scores"])
+    parser.add_argument(
+        "--part", nargs="*", default=["times", "scores", "golden"], choices=["times", "scores", "golden"]
+    )
     parser.add_argument("--eval", type=Path)
     parser.add_argument("--icons", type=Path)
     parser.add_argument("--pictures", type=Path)
@@ -222,9 +256,11 @@ def main() -> None:
         "--table", action="store_true", help="print the table of what the file has; measure nothing"
     )
     arguments = parser.parse_args()
-    results = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {"bundles": {}}
+    results = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else {}
+    results = {"bundles": results.get("bundles", {}), "golden": results.get("golden", {})}
     if arguments.table:
-        print(precisions.table(results, PRECISIONS), end="")
+        print(precisions.table(results, PRECISIONS))
+        print(precisions.golden_table(results, ("float32", "float16", "bfloat16", "int8")), end="")
         return
     for directory in arguments.bundle or sorted(path.parent for path in ROOT.glob("models/*/manifest.yaml")):
         try:
@@ -240,10 +276,7 @@ def main() -> None:
             "left_out": {},
         }
         results["bundles"][manifest.name] = entry
-        now = {
-            "commit": report.commit(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
+        now = moment()
         if "times" in arguments.part and "int8" in manifest.precisions:
             entry["times"] = [{**one, **now} for one in TIMES[manifest.engine](directory, arguments.rounds)]
         for precision in arguments.precision if "scores" in arguments.part else ():
@@ -255,8 +288,10 @@ def main() -> None:
             else:
                 entry["scores"][precision] = {**found, **now}
                 entry["left_out"].pop(precision, None)
-        rest = {"bundles": dict(sorted(results["bundles"].items()))}
-        report.write(arguments.out, report.envelope("precisions", rest))
+        report.write(arguments.out, report.envelope("precisions", results))
+    if "golden" in arguments.part:
+        golden(results, moment())
+        report.write(arguments.out, report.envelope("precisions", results))
     print(precisions.table(results, PRECISIONS), end="")
     for name, entry in results["bundles"].items():
         for precision, why in entry["left_out"].items():

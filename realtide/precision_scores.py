@@ -29,6 +29,21 @@ def entry_of(results: Mapping[str, Any], bundle: Bundle) -> dict[str, Any] | Non
     return entry if entry and all(entry.get(name) == value for name, value in wanted.items()) else None
 
 
+def golden_of(bundle: Bundle, precision: Precision, file: Path = FILE) -> dict[str, Any] | str:
+    """How far the golden cases of a bundle's engine are from their reference, or why that is not told."""
+    engine = bundle.manifest.engine
+    if not file.exists():
+        return "not measured: `realtide replay CASE --backend onnxruntime --precision ...` does it"
+    try:
+        cases = json.loads(file.read_text("utf-8"))["golden"].get(engine)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} holds no scores of precisions: {error!r}") from None
+    if cases is None:
+        return f"there are no golden cases of {engine}: its streams are held to the offline encoder"
+    found: dict[str, Any] | None = cases.get(precision)
+    return found if found is not None else f"not measured in {precision}"
+
+
 def scores_of(bundle: Bundle, precision: Precision, file: Path = FILE) -> dict[str, Any] | str:
     """Scores by precision, float32's and the one wanted, or why there are none.
 

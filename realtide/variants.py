@@ -131,6 +131,7 @@ def report_variant(
     on_program: Callable[[str, int, int], None] = lambda name, done, total: None,
     *,
     measured: bool = True,
+    golden: dict[str, Any] | str | None = None,
     scores: dict[str, Any] | str | None = None,
 ) -> dict[str, Any]:
     """Measure exported graphs against float32; what `export` writes as `report.json`.
@@ -141,6 +142,7 @@ def report_variant(
         graphs: what `export_variant` returned.
         on_program: as there.
         measured: False: nothing is run, and the report says so.
+        golden: of the engine's golden cases, as `precision_scores.golden_of` gives them.
         scores: the bundle's own, as `precision_scores.scores_of` gives them.
 
     Raises:
@@ -182,6 +184,7 @@ def report_variant(
             "within": all(told) if (told := [row["within"] for row in rows if "within" in row]) else None,
             "measured_with": f"onnxruntime {onnxruntime.__version__} on the CPU, random samples (realtide "
             f"{realtide.__version__})",
+            "golden": "not asked for" if golden is None else golden,
             "scores": "not asked for" if scores is None else scores,
             "programs": rows,
         }

@@ -90,6 +90,16 @@ def table(results: Mapping[str, Any], precisions: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def golden_table(results: Mapping[str, Any], precisions: Sequence[str]) -> str:
+    """A Markdown table of the worst tensor of every golden case in each precision."""
+    lines = ["| Golden case | " + " | ".join(precisions) + " |", "|---" * (1 + len(precisions)) + "|"]
+    for engine, found in sorted(results["golden"].items()):
+        for case in sorted(found[precisions[0]]):
+            cells = [f"{found[precision][case]['worst']:.1e}" for precision in precisions]
+            lines.append(f"| {engine} `{case}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _cell(scores: Any, path: tuple[str, ...], percent: bool) -> str:
     for key in path:
         scores = scores.get(key) if isinstance(scores, dict) else None

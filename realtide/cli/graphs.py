@@ -39,14 +39,15 @@ def export(
     Graphs hold no weights: the new ones go with the bundle's own weight file. fp16 and bf16 are for GPUs
     (`realtide models build` compiles them), int8 is for ONNX Runtime on a CPU. Both graphs run on the CPU on
     random samples at the bundle's sizes; bf16, which ONNX Runtime does not compute there, in a form that
-    rounds every result to it. What the bundle scores in the precision (words, motion, edges) is told if that
-    was measured. Exits with 1 if an output is further off than the report's bound.
+    rounds every result to it. What the bundle scores in the precision (words, motion, edges), and how far
+    golden cases of its engine are from their reference, is told if that was measured. Exits with 1 if an
+    output is further off than the report's bound.
 
     Example: realtide models export longlive-emoji --precision fp16 --out graphs
     """
     from realtide import variants
     from realtide.engines.runtime.program import ProgramError
-    from realtide.precision_scores import FILE, scores_of
+    from realtide.precision_scores import FILE, golden_of, scores_of
 
     loaded, long = loaded_bundle(bundle), _precision(precision)
     if scores is not None and not scores.exists():
@@ -55,9 +56,15 @@ def export(
     try:
         with _bars() as bar:
             found = variants.export_variant(loaded, long, directory, bar("rewriting"))
-            own = scores_of(loaded, long, scores or FILE)
+            known = scores or FILE
             report = variants.report_variant(
-                loaded, long, found, bar("measuring"), measured=measure, scores=own
+                loaded,
+                long,
+                found,
+                bar("measuring"),
+                measured=measure,
+                golden=golden_of(loaded, long, known),
+                scores=scores_of(loaded, long, known),
             )
         path = variants.write_report(report, directory)
     except (ValueError, ProgramError) as error:

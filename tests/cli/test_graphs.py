@@ -68,9 +68,13 @@ def test_export_tells_the_scores_of_these_weights(run: Run, tmp_path: Path) -> N
     assert (run(*call).code, run(*call).err) == (2, f"realtide: scores: there is no file {file}\n")
     scores = {"float32": {"rate": 0.1}, "float16": {"rate": 0.2}, "int8": {"rate": 0.3}}
     entry = identity(load_bundle(SPEECH)) | {"scores": scores}
-    file.write_text(json.dumps({"bundles": {"ancat-commands-en": entry}}))
+    golden = {"longlive": {"float16": {"case": {"worst": 0.1}}}}
+    file.write_text(json.dumps({"bundles": {"ancat-commands-en": entry}, "golden": golden}))
+    assert json.loads(run(*call).out)["golden"].startswith("there are no golden cases of ancat: ")
     assert json.loads(run(*call).out)["scores"] == {"float32": {"rate": 0.1}, "float16": {"rate": 0.2}}
-    file.write_text(json.dumps({"bundles": {"ancat-commands-en": entry | {"version": "9.9.9"}}}))
+    file.write_text(
+        json.dumps({"bundles": {"ancat-commands-en": entry | {"version": "9.9.9"}}, "golden": {}})
+    )
     told = json.loads(run(*call).out)["scores"]
     assert told.startswith("not measured for these weights in float16: needs the data of models/")
     file.write_text("[]")

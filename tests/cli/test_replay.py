@@ -37,6 +37,20 @@ def test_a_case_is_replayed_over_its_graphs(run: Run) -> None:
     assert 0 < result["tensors"]["embeds_padding_zeroed"]["rel_l2"] < 1e-4
 
 
+def test_a_case_is_replayed_in_half_precision(run: Run) -> None:
+    call = ("replay", GOLDEN / "umt5_seed41.safetensors", "--json", "--precision", "bf16")
+    done = run(*call, "--backend", "onnxruntime")
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    assert (result["precision"], result["ok"]) == ("bf16", True)
+    assert 1e-3 < result["tensors"]["embeds_padding_zeroed"]["rel_l2"] < 0.07
+    done = run(*call)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert done.err.startswith(
+        "realtide: precision must be float32 with the backend torch, or one of float32, "
+    )
+
+
 @pytest.mark.parametrize(
     ("backend", "device", "wanted"),
     [

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from realtide.bundle import Precision
 from realtide.engines.easycontrol import loras, rotary, schedule
 from realtide.engines.easycontrol.config import (
     ConditionConfig,
@@ -24,9 +25,19 @@ from realtide.engines.easycontrol.config import (
     VaeConfig,
     cache_names,
 )
+from realtide.engines.easycontrol.graphs import INT8
 from realtide.engines.easycontrol.layout import PROGRAMS
-from realtide.engines.runtime.golden import Backend, CaseError, Report, difference, read_case, weights_beside
+from realtide.engines.runtime.golden import (
+    Backend,
+    CaseError,
+    Report,
+    check_precision,
+    difference,
+    read_case,
+    weights_beside,
+)
 from realtide.engines.runtime.program import Array, Runs
+from realtide.engines.runtime.rewriting import rewrite
 from realtide.engines.runtime.tensor_file import TensorFile, TensorFileError
 from realtide.engines.runtime.tensorrt import Sizes
 
@@ -37,7 +48,9 @@ KEY = "cond_size"
 _PATCH, _TEXT = 2, "prompt_embeds"
 
 
-def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Report:
+def replay(
+    path: Path, backend: Backend = "torch", device: str = "cpu", precision: Precision = "float32"
+) -> Report:
     """Replay one case.
 
     Args:
@@ -45,12 +58,14 @@ def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Repor
         backend: *torch*: the modules, eager; *onnxruntime*: their exported graphs (needs the extra
             ``export``); *tensorrt*: plans of these graphs, built on the spot.
         device: of the backends *torch* and *tensorrt*.
+        precision: of the graphs that *onnxruntime* runs, see `rewriting.rewrite`.
 
     Raises:
         CaseError: the file is no EasyControl case, or its weights are not beside it.
         ProgramError: a graph could not be made or run.
         ValueError: the case's numbers make no model.
     """
+    check_precision(backend, precision)
     case, tensors = read_case(path)
     if KEY not in case:
         raise CaseError(f"{path}: not an EasyControl case: it has no {KEY}")
@@ -59,11 +74,11 @@ def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Repor
         images = -(-case["width"] // config.token_pixels) * -(-case["height"] // config.token_pixels)
         count = config.condition_tokens * (case["n_subject"] + case["n_spatial"])
         denoise, remember, weights = _programs(
-            path, config, backend, Path(graphs), device, _sizes(config, images, count)
+            path, config, backend, Path(graphs), device, _sizes(config, images, count), precision
         )
         found, wanted = _play(path, case, tensors, config, denoise, remember, weights)
     compared = {name: difference(found[name], wanted[name]) for name in sorted(found)}
-    return Report(path.name.removesuffix(".safetensors"), backend, compared, device)
+    return Report(path.name.removesuffix(".safetensors"), backend, compared, device, precision)
 
 
 def _programs(
@@ -73,6 +88,7 @@ def _programs(
     directory: Path,
     device: str,
     sizes: dict[str, dict[str, Sizes]],
+    precision: Precision,
 ) -> tuple[Runs, Runs, dict[str, Array]]:
     from realtide.engines.easycontrol import torch_programs
     from realtide.engines.easycontrol.transformer import FluxTransformer
@@ -89,6 +105,7 @@ def _programs(
     step = export.export_denoise(model, directory / "denoise.onnx")
     condition = export.export_remember(model, config, directory / "remember.onnx")
     if backend == "onnxruntime":
+        rewrite((step, condition), precision, INT8)
         return OrtProgram(step, weights, {}), OrtProgram(condition, weights, {}), weights
     from realtide.engines.runtime.plan_program import PlanPrograms
     from realtide.engines.runtime.plan_replay import plans_of, scratch_on

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from realtide.bundle import Precision
 from realtide.engines.longlive import window
 from realtide.engines.longlive.config import (
     StreamConfig,
@@ -26,6 +27,7 @@ from realtide.engines.longlive.config import (
     encoder_shapes,
 )
 from realtide.engines.longlive.generation import VideoStream
+from realtide.engines.longlive.graphs import INT8
 from realtide.engines.longlive.layout import DECODE, ENCODE, TEXT_GRAPH
 from realtide.engines.longlive.programs import (
     FrameDecoder,
@@ -35,13 +37,24 @@ from realtide.engines.longlive.programs import (
     VideoPrograms,
 )
 from realtide.engines.longlive.schedule import warped
-from realtide.engines.runtime.golden import Backend, CaseError, Report, difference, read_case, weights_beside
+from realtide.engines.runtime.golden import (
+    Backend,
+    CaseError,
+    Report,
+    check_precision,
+    difference,
+    read_case,
+    weights_beside,
+)
 from realtide.engines.runtime.memory import HOST, Memory, Values
 from realtide.engines.runtime.program import Array, Runs
+from realtide.engines.runtime.rewriting import rewrite
 from realtide.engines.runtime.tensorrt import Sizes
 
 
-def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Report:
+def replay(
+    path: Path, backend: Backend = "torch", device: str = "cpu", precision: Precision = "float32"
+) -> Report:
     """Replay one case.
 
     Args:
@@ -50,26 +63,28 @@ def replay(path: Path, backend: Backend = "torch", device: str = "cpu") -> Repor
             ``export``, and some 30 seconds to make them); *tensorrt*: plans of these graphs, built on the
             spot.
         device: of the backends *torch* and *tensorrt*.
+        precision: of the graphs that *onnxruntime* runs, see `rewriting.rewrite`.
 
     Raises:
         CaseError: the file is no LongLive case, or its weights are not beside it.
         ProgramError: a graph could not be made or run.
         ValueError: the case's numbers make no model.
     """
+    check_precision(backend, precision)
     case, tensors = read_case(path)
     plays: Iterable[tuple[str, _Play]] = (("rope", _video), ("z_dim", _vae), ("vocab", _text))
     for key, play in plays:
         if key in case:
             with tempfile.TemporaryDirectory(prefix="realtide-") as graphs:
-                found = play(path, case, tensors, backend, Path(graphs), device)
+                found = play(path, case, tensors, backend, Path(graphs), device, precision)
             compared = {n: difference(found[n], tensors[n]) for n in sorted(found) if n in tensors}
             if not compared:
                 raise CaseError(f"{path}: the case has no result to compare with")
-            return Report(path.name.removesuffix(".safetensors"), backend, compared, device)
+            return Report(path.name.removesuffix(".safetensors"), backend, compared, device, precision)
     raise CaseError(f"{path}: not a LongLive case: it has neither rope nor z_dim nor vocab")
 
 
-_Play = Callable[[Path, dict[str, Any], dict[str, Array], Backend, Path, str], dict[str, Array]]
+_Play = Callable[[Path, dict[str, Any], dict[str, Array], Backend, Path, str, Precision], dict[str, Array]]
 
 
 def _video(
@@ -79,6 +94,7 @@ def _video(
     backend: Backend,
     directory: Path,
     device: str,
+    precision: Precision,
 ) -> dict[str, Array]:
     config = _video_config(case)
     from realtide.engines.longlive import torch_programs
@@ -92,6 +108,7 @@ def _video(
         from realtide.engines.longlive import export, onnx_programs
 
         graphs = export.export_video(model, config, directory)
+        rewrite((graphs.prompt, graphs.denoise, graphs.clean, graphs.recache), precision, INT8)
         programs: VideoPrograms = onnx_programs.video_programs(graphs, weights, cache)
     elif backend == "tensorrt":
         from realtide.engines.longlive import export
@@ -185,6 +202,7 @@ def _vae(
     backend: Backend,
     directory: Path,
     device: str,
+    precision: Precision,
 ) -> dict[str, Array]:
     config = VaeConfig(
         dim=case["dim"],
@@ -220,6 +238,7 @@ def _vae(
             from realtide.engines.longlive import export, onnx_programs
 
             graphs = export.export_decoder(model, height, width, directory)
+            rewrite((graphs.first, graphs.later), precision)
             return onnx_programs.half_programs(graphs, weights, caches)
         if backend == "tensorrt":
             from realtide.engines.longlive import export
@@ -233,6 +252,7 @@ def _vae(
             from realtide.engines.longlive import export, onnx_programs
 
             graphs = export.export_encoder(model, height, width, directory)
+            rewrite((graphs.first, graphs.later), precision)
             return onnx_programs.half_programs(graphs, weights, caches)
         if backend == "tensorrt":
             from realtide.engines.longlive import export
@@ -260,6 +280,7 @@ def _text(
     backend: Backend,
     directory: Path,
     device: str,
+    precision: Precision,
 ) -> dict[str, Array]:
     if case["shared_pos"]:
         raise CaseError(f"{path}: one table of positions for all layers is not supported")
@@ -282,7 +303,9 @@ def _text(
     if backend == "onnxruntime":
         from realtide.engines.longlive import export, onnx_programs
 
-        program = onnx_programs.text_program(export.export_text(model, directory / "text.onnx"), weights)
+        made = export.export_text(model, directory / "text.onnx")
+        rewrite([made], precision)
+        program = onnx_programs.text_program(made, weights)
     elif backend == "tensorrt":
         from realtide.engines.longlive import export
         from realtide.engines.longlive.plan_programs import text_program

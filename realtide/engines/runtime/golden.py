@@ -16,12 +16,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from realtide.bundle import Precision
 from realtide.engines.runtime.program import Array
 from realtide.engines.runtime.tensor_file import TensorFile, TensorFileError
 
 Backend = Literal["torch", "onnxruntime", "tensorrt"]
 TOLERANCE: Mapping[Backend, float] = {"torch": 1e-5, "onnxruntime": 1e-4, "tensorrt": 1e-4}
 """Largest relative L2 difference of a tensor that passes."""
+NARROW: Mapping[Precision, float] = {"float16": 0.01, "bfloat16": 0.07, "int8": 0.09}
+"""The same for graphs in another precision than the reference's: twice what the worst tensor of all cases has
+(0.0046, 0.035, 0.043), when semantics are right.
+"""
 ELSEWHERE = 1e-4
 """The same for `torch` on another device than the processor, whose kernels add up in another order."""
 
@@ -69,16 +74,28 @@ class Report:
     backend: Backend
     tensors: dict[str, Difference]
     device: str = "cpu"
+    precision: Precision = "float32"
 
     @property
     def tolerance(self) -> float:
         """Largest relative L2 difference that passes."""
+        if self.precision != "float32":
+            return NARROW[self.precision]
         return TOLERANCE[self.backend] if self.device == "cpu" else ELSEWHERE
 
     @property
     def ok(self) -> bool:
         """True if every tensor passes; NaN does not."""
         return all(found.rel_l2 <= self.tolerance for found in self.tensors.values())
+
+
+def check_precision(backend: Backend, precision: Precision) -> None:
+    """Raises CaseError: only graphs come in other precisions than float32."""
+    if precision != "float32" and (backend != "onnxruntime" or precision not in NARROW):
+        raise CaseError(
+            f"precision must be float32 with the backend {backend}, or one of float32, {', '.join(NARROW)} "
+            f"with onnxruntime, not {precision!r}"
+        )
 
 
 def difference(have: Array, want: Array) -> Difference:

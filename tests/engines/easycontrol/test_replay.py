@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from realtide.engines.easycontrol import export
 from realtide.engines.easycontrol.replay import replay
-from realtide.engines.runtime.golden import CaseError, Report
+from realtide.engines.runtime.golden import NARROW, CaseError, Report
 from tests.engines.easycontrol.conftest import GOLDEN
 from tests.engines.runtime.exports import exported_once
 from tests.engines.runtime.tensorrt_package import installed
@@ -40,6 +40,12 @@ def test_graphs_and_plans_compute_what_the_reference_does(case: str) -> None:
         for backend in ("onnxruntime", "tensorrt"):
             check(replay(GOLDEN / f"{case}.safetensors", backend), CASES[case], 1e-4)
         assert builder.built == len(graphs) == 2
+        narrow = {p: replay(GOLDEN / f"{case}.safetensors", "onnxruntime", precision=p) for p in NARROW}
+    near = {}
+    for precision, report in narrow.items():
+        check(report, CASES[case], NARROW[precision])
+        near[precision] = max(found.rel_l2 for found in report.tensors.values())
+    assert 1e-4 < near["float16"] < near["bfloat16"] / 3 < near["int8"] / 3
 
 
 def copy(name: str, directory: Path, changes: dict[str, object]) -> Path:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from realtide.engines.longlive import export
 from realtide.engines.longlive.replay import replay
-from realtide.engines.runtime.golden import CaseError, difference
+from realtide.engines.runtime.golden import NARROW, CaseError, difference
 from tests.engines.longlive.conftest import GOLDEN
 from tests.engines.runtime.exports import exported_once
 from tests.engines.runtime.tensorrt_package import installed
@@ -43,11 +43,20 @@ def test_graphs_and_plans_compute_what_the_reference_does(case: str) -> None:
     with exported_once(export) as graphs, installed(devices) as builder:
         reports = [replay(GOLDEN / f"{case}.safetensors", b) for b in ("onnxruntime", "tensorrt")]
         assert builder.built == len(graphs)
+        narrow = {p: replay(GOLDEN / f"{case}.safetensors", "onnxruntime", precision=p) for p in NARROW}
     for report in reports:
         assert set(report.tensors) == CASES[case]
         assert report.tolerance == 1e-4
         assert report.ok
         assert max(found.rel_l2 for found in report.tensors.values()) < 1e-4
+    near = {}
+    for precision, report in narrow.items():
+        assert set(report.tensors) == CASES[case]
+        assert (report.precision, report.tolerance, report.ok) == (precision, NARROW[precision], True)
+        near[precision] = max(found.rel_l2 for found in report.tensors.values())
+    # Ten bits of mantissa, seven, and, where a graph has an int8 form, a scale a row.
+    assert 1e-4 < near["float16"] < near["bfloat16"] / 3
+    assert (near["int8"] > near["bfloat16"]) == ("latents" in CASES[case])
     assert devices
     assert all("execute" in device.calls for device in devices)
 
