@@ -138,7 +138,7 @@ def video_times(bundle: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 def image_times(bundle: Path, rounds: int) -> list[dict[str, Any]]:
-    """A denoising step under one condition; the programs of the engine, fed as it feeds them."""
+    """A denoising step on the sample of quality reports (`easycontrol.graphs.samples`)."""
     from realtide.engines.easycontrol.graphs import samples
     from realtide.engines.runtime.ort import OrtOptions, OrtProgram
     from realtide.engines.runtime.weights import WeightFile
