@@ -49,6 +49,7 @@ NEEDS_TORCH = frozenset(
         "realtide.engines.runtime.in_place",
         "realtide.engines.runtime.int8",
         "realtide.engines.runtime.narrow",
+        "realtide.engines.runtime.products",
         # The torch backend.
         "realtide.engines.ancat.torch_programs",
         "realtide.engines.easycontrol.torch_programs",

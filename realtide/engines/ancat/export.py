@@ -26,7 +26,8 @@ from realtide.engines.ancat.stream import StreamStep
 from realtide.engines.ancat.stream_static import STATIC_OUTPUTS, StaticStep, WithoutDial
 from realtide.engines.ancat.torch_programs import OUTPUTS, build
 from realtide.engines.runtime.export import export_program
-from realtide.engines.runtime.int8 import calibrate, quantize_graph
+from realtide.engines.runtime.int8 import quantize_graph
+from realtide.engines.runtime.products import calibrate
 from realtide.engines.runtime.program import Array
 from realtide.engines.runtime.weights import WeightFile
 

@@ -8,14 +8,14 @@ come, in one of three ways:
   batch, so a stream gets the same words whoever shares its step. Costs a few small operators per product.
 - ``tensor``: the whole tensor by one scale (ONNX DynamicQuantizeLinear), which onnxruntime fuses with the
   product. Faster, but the streams of a batch influence each other's rounding.
-- ``static``: the whole tensor by one constant scale that `calibrate` measured beforehand. As fast, and
-  independent of the batch; values beyond what calibration saw are cut off.
+- ``static``: the whole tensor by one constant scale that `products.calibrate` measured beforehand. As fast,
+  and independent of the batch; values beyond what calibration saw are cut off.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from realtide.engines.runtime.ort import OrtProgram
-from realtide.engines.runtime.program import Array, ProgramError
+from realtide.engines.runtime.products import bias_of, external, location_of, products, replace
+from realtide.engines.runtime.program import ProgramError
 from realtide.engines.runtime.quantize import COPY, INT8, SCALE, TRANSPOSED
 
 Activations = Literal["row", "tensor", "static"]
@@ -59,9 +59,7 @@ class _Rewrite:
         return _PREFIX + name
 
     def external(self, name: str, dtype: int, shape: Sequence[int], location: str) -> str:
-        tensor = TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)
-        tensor.external_data.add(key="location", value=location)
-        self.wanted.setdefault(name, tensor)
+        self.wanted.setdefault(name, external(name, dtype, shape, location))
         return name
 
 
@@ -80,7 +78,7 @@ def quantize_graph(
         source: a graph that `export_program` wrote (float32).
         target: file to write.
         activations: how activations are quantized, see above.
-        ranges: for ``static``: what `calibrate` returned.
+        ranges: for ``static``: what `products.calibrate` returned.
         select: tells by name which weights to quantize.
         min_elements: weights with fewer elements stay float: quantizing would cost more than it saves.
 
@@ -94,7 +92,7 @@ def quantize_graph(
     graph = model.graph
     rewrite = _Rewrite(activations, ranges or {})
     done: list[str] = []
-    for node, tensor, stored_transposed in _products(graph):
+    for node, tensor, stored_transposed in products(graph):
         if tensor is None or tensor.dims[0] * tensor.dims[1] < min_elements or not select(tensor.name):
             rewrite.nodes.append(node)
             continue
@@ -103,79 +101,10 @@ def quantize_graph(
             done.append(tensor.name)
     if not done:
         raise ProgramError(f"{source}: no matrix product can be quantized")
-    _replace(graph, rewrite)
+    replace(graph, rewrite.nodes, rewrite.wanted.values())
     model.opset_import.add(domain=_DOMAIN, version=1)
     Path(target).write_bytes(model.SerializeToString(deterministic=True))
     return done
-
-
-def calibrate(
-    source: Path | str,
-    weights: Mapping[str, Array],
-    state: Mapping[str, Array],
-    runs: Iterable[Mapping[str, Array]],
-) -> dict[str, float]:
-    """Measure the largest magnitude of every activation that is multiplied with a weight.
-
-    Args:
-        source: a graph that `export_program` wrote (float32).
-        weights: values of its external initializers by name.
-        state: its state arrays, updated by the runs.
-        runs: feeds of representative runs, in order.
-
-    Returns:
-        The magnitude by the activation's name in the graph, for `quantize_graph`.
-
-    Raises:
-        ProgramError, FeedError: as OrtProgram does.
-    """
-    model = onnx.load(source, load_external_data=False)
-    fed = {value.name for value in model.graph.input}
-    known = {value.name for value in model.graph.output}
-    ranges = {node.input[0]: 0.0 for node, tensor, _ in _products(model.graph) if tensor is not None}
-    for name in ranges:
-        if name not in fed | known:
-            # Its shape is not known here; its rank is not needed either.
-            model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    program = OrtProgram(model.SerializeToString(), weights, state)
-    for feeds in runs:
-        values = {**feeds, **program.run(feeds)}
-        for name in ranges:
-            ranges[name] = max(ranges[name], float(np.abs(values[name]).max(initial=0.0)))
-    return ranges
-
-
-def _products(graph: onnx.GraphProto) -> Iterator[tuple[NodeProto, TensorProto | None, bool]]:
-    """Every node, with the stored float matrix it multiplies with if it does, and whether that is [N, K]."""
-    external = {
-        t.name: t
-        for t in graph.initializer
-        if t.data_location == TensorProto.EXTERNAL and len(t.dims) == 2 and t.data_type == TensorProto.FLOAT
-    }
-    transposed = {
-        node.output[0]: node.input[0]
-        for node in graph.node
-        if node.op_type == "Transpose" and node.input[0] in external
-    }
-    for node in graph.node:
-        weight, stored_transposed = _weight_of(node, external, transposed)
-        yield node, external.get(weight), stored_transposed
-
-
-def _weight_of(
-    node: NodeProto, external: dict[str, TensorProto], transposed: dict[str, str]
-) -> tuple[str, bool]:
-    """The stored weight that is the right factor of a product, and whether it is stored as [N, K]."""
-    if node.op_type == "MatMul":
-        if node.input[1] in transposed:
-            return transposed[node.input[1]], True
-        return node.input[1], False
-    if node.op_type == "Gemm":
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        plain = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
-        if plain and not attributes.get("transA", 0):
-            return node.input[1], bool(attributes.get("transB", 0))
-    return "", False
 
 
 def _product(rewrite: _Rewrite, node: NodeProto, tensor: TensorProto, stored_transposed: bool) -> None:
@@ -184,7 +113,7 @@ def _product(rewrite: _Rewrite, node: NodeProto, tensor: TensorProto, stored_tra
     own = _PREFIX + output
     suffix = TRANSPOSED if stored_transposed else ""
     shape = list(tensor.dims)[:: -1 if stored_transposed else 1]
-    location = next(e.value for e in tensor.external_data if e.key == "location")
+    location = location_of(tensor)
     # Each product has its own weight: prepacking copies it for each anyway, and onnxruntime 1.32 cannot
     # load a graph that shares one when it turns weights into uint8 (session.x64quantprecision).
     use = rewrite.uses[tensor.name]
@@ -192,7 +121,7 @@ def _product(rewrite: _Rewrite, node: NodeProto, tensor: TensorProto, stored_tra
     copy = f"{COPY}{use}" if use else ""
     weight = rewrite.external(tensor.name + INT8 + suffix + copy, TensorProto.INT8, shape, location)
     scale = rewrite.external(tensor.name + SCALE + suffix, TensorProto.FLOAT, shape[1:], location)
-    bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] else ""
+    bias = bias_of(node)
     quantized, activation_scale, zero, peak = _activation(rewrite, node.input[0])
     # onnxruntime's own operator: the product, both scales and the bias in one kernel.
     inputs = [quantized, weight, activation_scale, scale, zero]
@@ -241,20 +170,3 @@ def _activation(rewrite: _Rewrite, name: str) -> tuple[str, str, str, str]:
     uint8 = rewrite.add("QuantizeLinear", [ratio, step, zero], own + ".uint8")
     rewrite.quantized[name] = (uint8, step, zero, peak)
     return rewrite.quantized[name]
-
-
-def _replace(graph: onnx.GraphProto, rewrite: _Rewrite) -> None:
-    """Put the new nodes and initializers in, and take out what nobody reads any more."""
-    nodes = rewrite.nodes
-    results = {value.name for value in graph.output}
-    while True:
-        readers = Counter(name for node in nodes for name in node.input)
-        alive = [n for n in nodes if any(name in readers or name in results for name in n.output)]
-        if len(alive) == len(nodes):
-            break
-        nodes = alive
-    initializers = [t for t in graph.initializer if t.name in readers]
-    initializers += [t for t in rewrite.wanted.values() if t.name in readers]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(initializers)

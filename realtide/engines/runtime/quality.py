@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +42,10 @@ class Quality:
     peak: float
 
 
-def measure(reference: Path, candidate: Path, weights: Mapping[str, Array], sample: Sample) -> list[Quality]:
-    """Run both graphs on the same inputs.
+def measure(
+    reference: Path, candidate: Path, weights: Mapping[str, Array], *samples: Sample
+) -> list[Quality]:
+    """Run both graphs on the same inputs; of each output, the sample on which it is furthest off.
 
     Of integers it is the share that differs. What has another shape, or is not finite where float32 is, gets
     infinity.
@@ -51,24 +53,35 @@ def measure(reference: Path, candidate: Path, weights: Mapping[str, Array], samp
     Raises:
         ProgramError: a graph cannot be loaded or run here, or the two have other outputs.
     """
-    want, have = _run(reference, weights, sample), _run(candidate, weights, sample)
-    if set(want) != set(have):
-        odd = sorted(set(want) ^ set(have))[0]
-        raise ProgramError(f"{candidate}: {odd!r} is an output of one of the two graphs only")
-    return [_compare(name, want[name], have[name]) for name in want]
+    worst: dict[str, Quality] = {}
+    runs = (_run(graph, weights, samples) for graph in (reference, candidate))
+    for want, have in zip(*runs, strict=True):
+        if set(want) != set(have):
+            odd = sorted(set(want) ^ set(have))[0]
+            raise ProgramError(f"{candidate}: {odd!r} is an output of one of the two graphs only")
+        for name in want:
+            found = _compare(name, want[name], have[name])
+            if name not in worst or found.relative > worst[name].relative:
+                worst[name] = found
+    return list(worst.values())
 
 
-def _run(graph: Path, weights: Mapping[str, Array], sample: Sample) -> dict[str, list[Array]]:
-    """All outputs of all calls, and the state after them."""
-    state = {name: np.zeros(array.shape, array.dtype) for name, array in sample.state.items()}
-    program = OrtProgram(graph, weights, _bound(graph, sample, state))
-    types = {spec.name: spec.dtype for spec in program.inputs}
-    found: dict[str, list[Array]] = {spec.name: [] for spec in program.outputs}
-    for call in sample.calls:
-        feeds = {name: np.asarray(array, types.get(name)) for name, array in call.items()}
-        for name, array in program.run(feeds).items():
-            found[name].append(array)
-    return found | {f"{name}.next": [array] for name, array in state.items()}
+def _run(
+    graph: Path, weights: Mapping[str, Array], samples: Sequence[Sample]
+) -> Iterator[dict[str, list[Array]]]:
+    """All outputs of all calls of each sample, and the state after them."""
+    loaded: OrtProgram | None = None
+    for sample in samples:
+        state = {name: np.zeros(array.shape, array.dtype) for name, array in sample.state.items()}
+        bound = _bound(graph, sample, state)
+        loaded = program = loaded.over(bound) if loaded else OrtProgram(graph, weights, bound)
+        types = {spec.name: spec.dtype for spec in program.inputs}
+        found: dict[str, list[Array]] = {spec.name: [] for spec in program.outputs}
+        for call in sample.calls:
+            feeds = {name: np.asarray(array, types.get(name)) for name, array in call.items()}
+            for name, array in program.run(feeds).items():
+                found[name].append(array)
+        yield found | {f"{name}.next": [array] for name, array in state.items()}
 
 
 def _bound(graph: Path, sample: Sample, state: dict[str, Array]) -> dict[str, Array]:

@@ -106,4 +106,4 @@ def resolve(spec: TensorSpec, weights: Mapping[str, Array]) -> Array:
         if array.dtype.kind != "f" or (spec.dtype.kind != "f" and spec.dtype.name != "bfloat16"):
             raise ProgramError(f"weight {spec.name!r} must be {spec.describe()}, not {array.dtype.name}")
         array = array.astype(spec.dtype)
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from realtide.engines.runtime.export import export_program
-from realtide.engines.runtime.int8 import Activations, calibrate, quantize_graph
+from realtide.engines.runtime.int8 import Activations, quantize_graph
 from realtide.engines.runtime.ort import OrtOptions, OrtProgram, read_graph_file
+from realtide.engines.runtime.products import calibrate
 from realtide.engines.runtime.program import Array, ProgramError
 from realtide.engines.runtime.quantize import column_scales, derived, quantize_columns
 
