@@ -45,6 +45,7 @@ NEEDS_TORCH = frozenset(
         "realtide.engines.runtime.checkpoint_files",
         "realtide.engines.runtime.export",
         "realtide.engines.runtime.fp8",
+        "realtide.engines.runtime.fp8_graph",
         "realtide.engines.runtime.fuse",
         "realtide.engines.runtime.in_place",
         "realtide.engines.runtime.int8",

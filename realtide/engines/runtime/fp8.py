@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from realtide.engines.runtime.program import ProgramError
+from realtide.engines.runtime.quantize import FLOAT8_CAPABILITY
 
 KIND = torch.float8_e4m3fn
 _LARGEST = torch.finfo(KIND).max
 _SMALLEST_SCALE = 1e-12
 _MULTIPLE = 16  # of both widths of a product
-CAPABILITY = (8, 9)
-"""Least compute capability that multiplies float8: Ada, Hopper and newer."""
 
 
 def refusal(device: torch.device) -> str | None:
     """Why layers in float8 cannot run on a device; None: they can. A processor computes them slowly."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        if capability < CAPABILITY:
-            have, least = (".".join(map(str, one)) for one in (capability, CAPABILITY))
+        if capability < FLOAT8_CAPABILITY:
+            have, least = (".".join(map(str, one)) for one in (capability, FLOAT8_CAPABILITY))
             return f"products in float8 need compute capability {least}, this device has {have}"
     return None
 

@@ -63,14 +63,19 @@ def narrow_graph(source: Path | str, target: Path | str, precision: Narrow) -> N
     """
     model = onnx.load(source, load_external_data=False)
     try:
-        if precision == "bfloat16":
-            _raise_opset(model)
-        _Narrowing(model, _CODES[precision]).apply()
-        state = {o.name.removesuffix(NEXT): o.name for o in model.graph.output if o.name.endswith(NEXT)}
-        check_in_place(model, state)
+        narrow_model(model, precision)
     except ProgramError as error:
         raise ProgramError(f"{source}: {error}") from None
     Path(target).write_bytes(model.SerializeToString(deterministic=True))
+
+
+def narrow_model(model: onnx.ModelProto, precision: Narrow) -> None:
+    """The same for a model in memory, which is changed. Raises ProgramError."""
+    if precision == "bfloat16":
+        _raise_opset(model)
+    _Narrowing(model, _CODES[precision]).apply()
+    state = {o.name.removesuffix(NEXT): o.name for o in model.graph.output if o.name.endswith(NEXT)}
+    check_in_place(model, state)
 
 
 def _raise_opset(model: onnx.ModelProto) -> None:

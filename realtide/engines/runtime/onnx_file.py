@@ -33,7 +33,8 @@ _DTYPES: dict[int, str] = {
 }
 """TensorProto.DataType values that numpy has too."""
 
-_BFLOAT16 = 16
+_ML_DTYPES = {16: "bfloat16", 17: "float8_e4m3fn"}
+"""Those that numpy lacks. No graph of a CPU has them, and serving does not install the package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +196,13 @@ def _string_pair(view: memoryview) -> tuple[str, str]:
 
 
 def _dtype(code: int, name: str) -> np.dtype[Any]:
-    if code == _BFLOAT16:
-        # Not numpy's own: no graph of a CPU has it, and serving does not install the package.
+    if code in _ML_DTYPES:
+        kind = _ML_DTYPES[code]
         try:
-            from ml_dtypes import bfloat16
+            import ml_dtypes
         except ImportError:
-            raise ProgramError(f"tensor {name!r} is bfloat16, which needs ml-dtypes (extra export)") from None
-        dtype: np.dtype[Any] = np.dtype(bfloat16)
+            raise ProgramError(f"tensor {name!r} is {kind}, which needs ml-dtypes (extra export)") from None
+        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, kind))
         return dtype
     if code not in _DTYPES:
         raise ProgramError(f"tensor {name!r} has ONNX data type {code}, which numpy lacks")

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
 from realtide.engines.runtime.onnx_file import GraphInfo, read_graph
@@ -40,6 +41,8 @@ CPU = "CPUExecutionProvider"
 # Of glibc's mallopt: arrays up to so many bytes come from the heap, of whose free end so many are kept.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_ARRAY, _KEPT = 4 << 20, 16 << 20
+_FLOAT8 = 17
+"""ONNX's code of e4m3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +210,7 @@ def _create_session(
     names = [spec.name for spec in info.external]
     try:
         if names:
-            values = [ort.OrtValue.ortvalue_from_numpy(resolve(spec, weights)) for spec in info.external]
+            values = [_ort_value(resolve(spec, weights)) for spec in info.external]
             settings.add_external_initializers(names, values)
         session = ort.InferenceSession(
             data,
@@ -233,6 +236,13 @@ def _create_session(
         del values
         _settle_memory()
     return session
+
+
+def _ort_value(array: Array) -> ort.OrtValue:
+    """An array as onnxruntime's; float8 is told by its code, because numpy has no such type."""
+    if array.dtype.name == "float8_e4m3fn":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), _FLOAT8)
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def _settle_memory() -> None:
