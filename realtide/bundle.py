@@ -35,12 +35,13 @@ MANIFEST = "manifest.yaml"
 SEARCH_PATH = "REALTIDE_MODELS"
 """Environment variable with bundles, or directories of bundles: comma-separated or a JSON list."""
 
-Precision = Literal["float32", "float16", "bfloat16", "int8"]
+Precision = Literal["float32", "float16", "bfloat16", "int8", "float8"]
 PRECISIONS: dict[str, Precision] = {
     "fp32": "float32",
     "fp16": "float16",
     "bf16": "bfloat16",
     "int8": "int8",
+    "fp8": "float8",
 }
 """By the short names that commands and settings use."""
 
@@ -201,7 +202,7 @@ class Bundle:
 
 _GPU_PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "torch": ("float32", "bfloat16"),
-    "tensorrt": ("float32", "float16", "bfloat16"),
+    "tensorrt": ("float32", "float16", "bfloat16", "float8"),
 }
 
 

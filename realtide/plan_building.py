@@ -12,12 +12,13 @@ from pathlib import Path
 from realtide.bundle import Bundle, BundleError, Precision
 from realtide.engines.runtime import tensorrt
 from realtide.engines.runtime.onnx_file import read_graph
-from realtide.engines.runtime.plan_key import Gpu, PlanKey
+from realtide.engines.runtime.plan_key import ANY, Gpu, PlanKey
 from realtide.engines.runtime.plans import PlanCache
 from realtide.engines.runtime.program import Array, ProgramError
+from realtide.engines.runtime.quantize import FLOAT8_CAPABILITY
 from realtide.engines.runtime.tensorrt import BuildOptions, Plan, Progress, TimingCache
 from realtide.engines.runtime.weights import WeightFile
-from realtide.variants import engine_graphs, manifest_values
+from realtide.variants import VariantError, engine_graphs, export_variant, manifest_values
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def build_plans(
     Raises:
         VariantError: the bundle's engine is unknown.
         PlanError: the cache cannot be used.
+        ProgramError: the GPU does not compute in this precision.
     """
     source = _Source(bundle, precision, cache, gpu, max_batch, on_progress)
     found = []
@@ -110,6 +112,9 @@ class BundlePlans:
         gpu: what `tensorrt.target` gives.
         max_batch: see the engines' `graphs.sizes`; plans fit the one that they were built with.
         build: build what the cache lacks, which takes minutes, and say so in the log; else refuse it.
+
+    Raises:
+        ProgramError: the GPU does not compute in this precision.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class BundlePlans:
     ) -> None:
         self._bundle, self._precision, self._build = bundle, precision, build
         self._source = _Source(bundle, precision, cache, gpu, max_batch, _Told(bundle.manifest.name))
+        self._rewritten: dict[str, bytes] = {}
 
     def __call__(self, program: str) -> Plan:
         """The plan of a program; see `tensorrt.PlanOf`.
@@ -134,14 +140,13 @@ class BundlePlans:
         try:
             if precision == "float32" or precision in bundle.manifest.programs.get(program, {}):
                 return bundle.graph(program, precision).read_bytes()
-            from realtide.engines.runtime.narrow import Narrow, narrow_graph
-
-            with tempfile.TemporaryDirectory(prefix="realtide-") as folder:
-                target = Path(folder) / f"{program}.onnx"
-                half: Narrow = "float16" if precision == "float16" else "bfloat16"
-                narrow_graph(bundle.graph(program, "float32"), target, half)
-                return target.read_bytes()
-        except (BundleError, OSError, ImportError) as error:
+            if program not in self._rewritten:
+                bundle.graph(program, "float32")  # refuses programs that it does not have
+                with tempfile.TemporaryDirectory(prefix="realtide-") as folder:
+                    found = export_variant(bundle, precision, Path(folder))
+                    self._rewritten = {name: path.read_bytes() for name, (path, _) in found.items()}
+            return self._rewritten[program]
+        except (BundleError, VariantError, OSError, ImportError) as error:
             raise ProgramError(f"{subject(bundle, program, precision)}: {error}") from error
 
 
@@ -158,6 +163,13 @@ class _Source:
         on_progress: Progress | None,
     ) -> None:
         self._bundle, self._precision, self._cache, self._gpu = bundle, precision, cache, gpu
+        if precision == "float8" and gpu.capability != ANY:
+            least = ".".join(map(str, FLOAT8_CAPABILITY))
+            if tuple(map(int, gpu.capability.split("."))) < FLOAT8_CAPABILITY:
+                raise ProgramError(
+                    f"precision: fp8 needs a GPU of compute capability {least} or more, {gpu.name} has"
+                    f" {gpu.capability}"
+                )
         self._sizes = engine_graphs(bundle).sizes(manifest_values(bundle), max_batch)
         self._weights: Mapping[str, Array] = WeightFile(bundle.weights)
         self._timing_name = f"timing.{gpu.capability}"

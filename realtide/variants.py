@@ -25,23 +25,31 @@ from realtide.engines.runtime.weights import WeightFile
 ENGINES = ("ancat", "easycontrol", "longlive")
 REPORT = "report.json"
 
-BOUNDS: dict[str, float] = {"float32": 0.0, "float16": 0.004, "bfloat16": 0.055, "int8": 0.15}
+BOUNDS: dict[str, float] = {
+    "float32": 0.0,
+    "float16": 0.004,
+    "bfloat16": 0.055,
+    "int8": 0.15,
+    "float8": 0.08,
+}
 """Largest relative L2 error of an output (of integers: share that differs) that passes, by precision.
 
 Four times what the worst output of the bundles here has in float16 (0.001) and in bfloat16 (0.0139), twice in
-int8 (0.075, depths that ANCAT decides).
+int8 (0.075, depths that ANCAT decides) and in float8 (0.037, keys of an image's condition).
 """
 
-WIDER = {("easycontrol", "text", "float16"): 0.04, ("easycontrol", "text", "bfloat16"): 0.31}
+WIDER = {
+    ("easycontrol", "text", "float16"): 0.04,
+    ("easycontrol", "text", "bfloat16"): 0.31,
+    ("longlive", "denoise", "float8"): 0.16,
+    ("longlive", "clean", "float8"): 0.16,
+    ("longlive", "recache", "float8"): 0.16,
+}
 """Other bounds, by engine, program and precision. T5 does not scale its attention, so its logits are large
 and rounding moves them: random words give 0.02 in float16 and 0.155 in bfloat16, single tokens in float16 up
-to 0.1. Better served in float32.
+to 0.1. Better served in float32. What a video caches is rounded in float8 again from layer to layer: 0.081 in
+the worst of six.
 """
-
-FP8 = (
-    "precision: fp8 needs QuantizeLinear and DequantizeLinear around every product, with scales calibrated "
-    "on a GPU (nvidia-modelopt), which this command does not make: export fp16 or bf16"
-)
 
 Source = Literal["bundle", "narrowed", "quantized", "float32"]
 """Where a graph comes from; float32: this program stays as it is in this precision."""
@@ -52,7 +60,7 @@ class VariantError(ValueError):
 
 
 def engine_graphs(bundle: Bundle) -> Any:
-    """The module that knows the engine's graphs: `sizes`, `samples`, `INT8`. Raises VariantError."""
+    """The module that knows the engine's graphs: `sizes`, `samples`, `INT8`, `FP8`. Raises VariantError."""
     engine = bundle.manifest.engine
     if engine not in ENGINES:
         raise VariantError(
@@ -85,12 +93,13 @@ def export_variant(
 
     Raises:
         VariantError: this bundle cannot have this precision.
-        ProgramError: a graph cannot be rewritten.
+        BundleError: it lacks what calibrating needs (float8).
+        ProgramError: a graph cannot be rewritten, or cannot be run to calibrate it (float8).
     """
     programs = bundle.manifest.programs
     if not programs:
         raise VariantError(f"{bundle.manifest.name}: has no graphs; `realtide models convert` writes them")
-    quantized = engine_graphs(bundle).INT8
+    quantized = engine_graphs(bundle).INT8 if precision == "int8" else engine_graphs(bundle).FP8
     plan: dict[str, tuple[Path, Source]] = {}
     for name, graphs in programs.items():
         if precision in graphs:
@@ -99,6 +108,16 @@ def export_variant(
             raise VariantError(f"{bundle.manifest.name}: programs.{name} has no float32 graph to start from")
         elif precision in ("float16", "bfloat16"):
             plan[name] = bundle.directory / graphs["float32"], "narrowed"
+        elif precision == "float8":
+            if not quantized:
+                raise VariantError(
+                    f"{bundle.manifest.name}: fp8 is for video and images: the products of a step of the"
+                    f" engine {bundle.manifest.engine} are too small to gain by it"
+                )
+            plan[name] = (
+                bundle.directory / graphs["float32"],
+                "quantized" if name in quantized else "narrowed",
+            )
         elif not quantized:
             raise VariantError(
                 f"{bundle.manifest.name}: int8 must be calibrated on recordings, as the recipe does"
@@ -107,13 +126,19 @@ def export_variant(
             plan[name] = bundle.directory / graphs["float32"], "quantized" if name in quantized else "float32"
     directory.mkdir(parents=True, exist_ok=True)
     found = {}
+    ranges = None
     for number, (name, (source, how)) in enumerate(plan.items()):
         on_program(name, number, len(plan))
         target = directory / f"{name}.onnx"
         if how == "narrowed":
             from realtide.engines.runtime.narrow import narrow_graph
 
-            narrow_graph(source, target, "float16" if precision == "float16" else "bfloat16")
+            narrow_graph(source, target, "bfloat16" if precision == "bfloat16" else "float16")
+        elif how == "quantized" and precision == "float8":
+            from realtide import float8
+
+            ranges = ranges or float8.calibrated(bundle)
+            float8.write_graph(bundle, name, ranges, target)
         elif how == "quantized":
             from realtide.engines.runtime.int8 import quantize_graph
 
@@ -150,7 +175,11 @@ def report_variant(
     """
     import onnxruntime
 
-    samples = engine_graphs(bundle).samples(manifest_values(bundle))
+    samples = {name: [one] for name, one in engine_graphs(bundle).samples(manifest_values(bundle)).items()}
+    if measured and any(how == "quantized" for _, how in graphs.values()) and precision == "float8":
+        from realtide import float8
+
+        samples |= float8.recorded(bundle)
     weights = WeightFile(bundle.weights)
     bound = BOUNDS.get(precision)
     rows = []
@@ -168,10 +197,11 @@ def report_variant(
         elif reference is None:
             row["not_measured"] = "the bundle has no float32 graph"
         else:
-            found = _measured(bundle.directory / reference, path, precision, weights, samples[name])
+            found = _measured(bundle.directory / reference, path, precision, weights, *samples[name])
             row["outputs"] = [_row(quality) for quality in found]
             row["worst"] = max((q.relative for q in found), default=0.0)
-            row["bound"] = WIDER.get((bundle.manifest.engine, name, precision), bound)
+            kind = "float16" if precision == "float8" and how == "narrowed" else precision
+            row["bound"] = WIDER.get((bundle.manifest.engine, name, kind), BOUNDS.get(kind))
             row["within"] = row["bound"] is not None and row["worst"] <= row["bound"]
         rows.append(row)
     report: dict[str, Any] = _finite(
@@ -182,7 +212,8 @@ def report_variant(
             "against": "float32",
             "bound": bound,
             "within": all(told) if (told := [row["within"] for row in rows if "within" in row]) else None,
-            "measured_with": f"onnxruntime {onnxruntime.__version__} on the CPU, random samples (realtide "
+            "measured_with": f"onnxruntime {onnxruntime.__version__} on the CPU, "
+            f"{'recorded examples and ' if precision == 'float8' else ''}random samples (realtide "
             f"{realtide.__version__})",
             "golden": "not asked for" if golden is None else golden,
             "scores": "not asked for" if scores is None else scores,
@@ -193,17 +224,17 @@ def report_variant(
 
 
 def _measured(
-    reference: Path, path: Path, precision: Precision, weights: WeightFile, sample: Sample
+    reference: Path, path: Path, precision: Precision, weights: WeightFile, *samples: Sample
 ) -> list[Quality]:
     """ONNX Runtime computes no bfloat16 on a processor: such graphs are run in their host form."""
     if precision != "bfloat16":
-        return measure(reference, path, weights, sample)
+        return measure(reference, path, weights, *samples)
     from realtide.engines.runtime.host_form import host_form
 
     with tempfile.TemporaryDirectory() as folder:
         form = Path(folder) / path.name
         host_form(path, form)
-        return measure(reference, form, weights, sample)
+        return measure(reference, form, weights, *samples)
 
 
 def write_report(report: dict[str, Any], directory: Path) -> Path:

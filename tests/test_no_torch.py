@@ -51,6 +51,7 @@ NEEDS_TORCH = frozenset(
         "realtide.engines.runtime.int8",
         "realtide.engines.runtime.narrow",
         "realtide.engines.runtime.products",
+        "realtide.float8",
         # The torch backend.
         "realtide.engines.ancat.torch_programs",
         "realtide.engines.easycontrol.torch_programs",

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from realtide.bundle import PRECISIONS, BundleError
 from realtide.cli.errors import CommandError, UsageError
 from realtide.cli.tables import AsJson, Bundles, Cache, loaded_bundle, print_table, table_of
 
 Name = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
-_LONG = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 
 
 def export(
@@ -36,12 +36,13 @@ def export(
 ) -> None:
     """Write a bundle's graphs in another precision, and how far their results are from float32.
 
-    Graphs hold no weights: the new ones go with the bundle's own weight file. fp16 and bf16 are for GPUs
-    (`realtide models build` compiles them), int8 is for ONNX Runtime on a CPU. Both graphs run on the CPU on
-    random samples at the bundle's sizes; bf16, which ONNX Runtime does not compute there, in a form that
-    rounds every result to it. What the bundle scores in the precision (words, motion, edges), and how far
-    golden cases of its engine are from their reference, is told if that was measured. Exits with 1 if an
-    output is further off than the report's bound.
+    Graphs hold no weights: the new ones go with the bundle's own weight file. fp16, bf16 and fp8 are for
+    GPUs (`realtide models build` compiles them), int8 is for ONNX Runtime on a CPU. fp8 has a transformer's
+    products in float8, with scales that examples of the bundle's work give, and all else in fp16. Both
+    graphs run on the CPU on random samples at the bundle's sizes, in fp8 on those examples; bf16, which ONNX
+    Runtime does not compute there, in a form that rounds every result to it. What the bundle scores in the
+    precision (words, motion, edges), and how far golden cases of its engine are from their reference, is told
+    if that was measured. Exits with 1 if an output is further off than the report's bound.
 
     Example: realtide models export longlive-emoji --precision fp16 --out graphs
     """
@@ -49,7 +50,7 @@ def export(
     from realtide.engines.runtime.program import ProgramError
     from realtide.precision_scores import FILE, golden_of, scores_of
 
-    loaded, long = loaded_bundle(bundle), _precision(precision)
+    loaded, long = loaded_bundle(bundle), PRECISIONS[precision]
     if scores is not None and not scores.exists():
         raise UsageError(f"scores: there is no file {scores}")
     directory = out or Path(f"{loaded.manifest.name}-{precision}")
@@ -83,7 +84,7 @@ def export(
 
 def build(
     bundle: Bundles,
-    precision: Annotated[Name, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
+    precision: Annotated[Name, typer.Option(help="fp16, bf16, fp8 or fp32.")] = "fp16",
     cache: Cache = None,
     gpu: Annotated[
         str | None,
@@ -111,9 +112,11 @@ def build(
     from realtide.engines.runtime.program import ProgramError
     from realtide.plan_building import build_plans
 
-    loaded, long = loaded_bundle(bundle), _precision(precision)
+    loaded, long = loaded_bundle(bundle), PRECISIONS[precision]
     if long == "int8":
-        raise UsageError("precision: int8 graphs are for ONNX Runtime on a CPU: build fp16, bf16 or fp32")
+        raise UsageError(
+            "precision: int8 graphs are for ONNX Runtime on a CPU: build fp16, bf16, fp8 or fp32"
+        )
     try:
         wanted = Gpu.parse(gpu) if gpu is not None else None
     except ValueError as error:
@@ -135,7 +138,7 @@ def build(
                 on_program=building,
                 on_progress=inside,
             )
-    except (variants.VariantError, ProgramError) as error:
+    except (variants.VariantError, BundleError, ProgramError) as error:
         raise CommandError(str(error)) from None
     if as_json:
         listed = [
@@ -162,14 +165,6 @@ def build(
     bad = [f"{row.program}: {row.problem}" for row in rows if row.problem]
     if bad:
         raise CommandError("; ".join(bad))
-
-
-def _precision(name: Name) -> Any:
-    if name == "fp8":
-        from realtide.variants import FP8
-
-        raise UsageError(FP8)
-    return _LONG[name]
 
 
 def _quality_table(report: dict[str, Any]) -> None:

@@ -32,7 +32,9 @@ def command(
     port: Annotated[int | None, typer.Option("--port", "-p", help="gRPC port; 0: any free one.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus port; 0: any free one.")] = None,
     slots: Annotated[int | None, typer.Option(help="Sessions that can be open at once, per model.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or int8.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or int8; on GPUs fp16, bf16 or fp8 as well.")
+    ] = None,
     runtimes: Annotated[
         str | None,
         typer.Option(help="Runtimes in the order tried, with commas: torch-cuda,onnxruntime,torch-cpu."),

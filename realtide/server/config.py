@@ -72,7 +72,7 @@ def _order(value: object) -> object:
     return value
 
 
-Arithmetic = Literal["fp32", "fp16", "bf16", "int8"]
+Arithmetic = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 Order = Annotated[tuple[Runtime, ...], NoDecode, BeforeValidator(_order)]
 
 

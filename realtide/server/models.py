@@ -38,7 +38,7 @@ class ModelInfo(Protocol):
 
     @property
     def precision(self) -> str:
-        """``fp32``, ``fp16``, ``bf16`` or ``int8``."""
+        """``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``."""
         ...
 
     @property

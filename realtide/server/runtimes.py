@@ -26,7 +26,7 @@ BACKENDS: dict[Runtime, tuple[str, str]] = {
 _DRIVER = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """One of these is there where NVIDIA's driver is."""
 _TORCH_PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
-_PLAN_PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
+_PLAN_PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,10 +92,13 @@ def test_export_fails_where_the_report_is_out_of_bounds(run: Run, monkeypatch: p
 
 
 def test_precisions_that_cannot_be_had_are_refused(run: Run) -> None:
-    done = run("models", "export", SPEECH, "--precision", "fp8")
-    assert done.code == 2
-    assert done.err.startswith("realtide: precision: fp8 needs QuantizeLinear and DequantizeLinear")
-    assert done.err.count("\n") == 1
+    for command in ("export", "build"):
+        done = run("models", command, SPEECH, "--precision", "fp8")
+        assert (done.code, done.err.count("\n")) == (1, 1)
+        assert done.err.startswith("realtide: ancat-commands-en: fp8 is for video and images: the products")
+    video = str(ROOT / "models" / "longlive-emoji")
+    done = run("models", "build", video, "--precision", "fp8", "--gpu", "8.6")
+    assert (done.code, "compute capability 8.9 or more" in done.err) == (1, True)
     done = run("models", "build", SPEECH, "--precision", "int8")
     assert (done.code, "int8 graphs are for ONNX Runtime on a CPU" in done.err) == (2, True)
 

@@ -57,7 +57,7 @@ def test_models_from_the_environment(monkeypatch: pytest.MonkeyPatch, value: str
         ({"queue_timeout": float("nan")}, ["queue_timeout"]),
         ({"max_audio_ahead": 0.1}, ["max_audio_ahead", "at least 0.2"]),
         ({"log_level": "loud"}, ["log_level", "'debug', 'info', 'warning' or 'error'"]),
-        ({"precision": "fp8"}, ["precision", "'fp16', 'bf16' or 'int8'"]),
+        ({"precision": "fp4"}, ["precision", "'bf16', 'int8' or 'fp8'"]),
         ({"slotz": 1}, ["slotz", "no such setting"]),
         ({"models": [{"bundle": "x", "slotz": 1}]}, ["models.0.slotz", "no such setting"]),
         ({"models": [{"slots": 1}]}, ["models.0.bundle", "required"]),

@@ -66,7 +66,9 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing("onnxruntime", "ancat", "fp32") == "onnxruntime is not installed"
     install(monkeypatch, "torch", "tensorrt_rtx")
     reason = missing("tensorrt", "longlive", "int8")
-    assert reason == "engine longlive computes in fp32 or fp16 or bf16 with TensorRT, int8 is asked for"
+    assert (
+        reason == "engine longlive computes in fp32 or fp16 or bf16 or fp8 with TensorRT, int8 is asked for"
+    )
     for runtime in ("torch-cuda", "torch-cpu"):
         reason = missing(runtime, "easycontrol", "int8")
         assert reason == "engine easycontrol computes in fp32 or bf16 with PyTorch, int8 is asked for"

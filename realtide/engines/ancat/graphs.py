@@ -25,6 +25,9 @@ INT8: tuple[str, ...] = ()
 PLAN_SLOTS = 4
 """Slots that plans have room for, for each stream of the largest step."""
 
+FP8: tuple[str, ...] = ()
+"""None: a step's products are so small that they wait for memory and launches, not for arithmetic."""
+
 HOST_ONLY = ("encoder",)
 """Programs without TensorRT plans: its shapes depend on values. `encoder_static` computes the same there."""
 

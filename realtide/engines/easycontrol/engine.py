@@ -33,7 +33,7 @@ from realtide.engines.easycontrol.tokenizer import PooledTokenizer, PromptTokeni
 from realtide.engines.easycontrol.types import ImageEvent, ImageModelInfo, ImageOptions
 from realtide.engines.easycontrol.worker import Worker
 from realtide.engines.engine import Session, StageTimer
-from realtide.engines.runtime.program import ProgramError
+from realtide.engines.runtime.program import Array, ProgramError
 from realtide.engines.runtime.slots import SlotPool
 from realtide.engines.runtime.weights import WeightFile
 
@@ -217,7 +217,7 @@ def load(
         bundle: the bundle or its directory.
         slots: sessions that can be open at once.
         max_batch: most sessions that one step advances.
-        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``; None: the bundle's default.
+        precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``; None: the bundle's default.
         threads: threads of one program.
         step_latency: seconds after which a session's next step is due.
         backend: ``onnxruntime``, ``torch`` where PyTorch is installed, or ``tensorrt``.
@@ -234,11 +234,9 @@ def load(
     wanted = loaded.precision(long) if backend == "onnxruntime" else gpu_precision(backend, long)
     try:
         config, text, pooled = architecture(loaded.manifest.architecture)
-        pieces = PromptTokenizer(loaded.asset(TOKENIZER), config.transformer.text_tokens)
-        pairs = loaded.asset(POOLED_TOKENIZER) if POOLED_TOKENIZER in loaded.manifest.assets else None
-        short = PooledTokenizer(pooled, pieces, pairs)
+        pieces, short = tokenizers(loaded, config, pooled)
         limits = _limits(loaded.manifest.limits, config)
-        itemsize = 2 if wanted in ("float16", "bfloat16") else 4
+        itemsize = 2 if wanted in ("float16", "bfloat16", "float8") else 4
         each = condition_bytes(config, itemsize)
         budget = cache_bytes or max(CACHE_BYTES, limits["max_conditions"] * each)
         if budget < limits["max_conditions"] * each:
@@ -249,12 +247,7 @@ def load(
     except (KeyError, TypeError, ValueError, ImportError, OSError) as error:
         raise BundleError(f"{loaded.directory}: {error}") from None
     weights = WeightFile(loaded.weights)
-    adapters = {}
-    for kind in config.conditions.kinds:
-        try:
-            adapters[kind] = loras.stacked(config.transformer, weights, 1.0, lora(kind))
-        except KeyError as error:
-            raise BundleError(f"{loaded.weights}: the LoRA of {kind} lacks {error}") from None
+    stacked = adapters(loaded, config, weights)
     model = backends.Model(loaded, wanted, config, text, pooled, weights)
     if backend == "tensorrt":
         if plan_of is None:
@@ -267,7 +260,7 @@ def load(
     store = ConditionStore(budget, each)
     worker = Worker(f"images-{loaded.manifest.name}", made.memory)
     try:
-        parts = Parts(config, made.programs, pieces, short, adapters, store, worker, made.dtype)
+        parts = Parts(config, made.programs, pieces, short, stacked, store, worker, made.dtype)
     except ValueError as error:
         raise BundleError(f"{loaded.weights}: {error}") from None
     info = ImageModelInfo(
@@ -289,6 +282,28 @@ def load(
         **limits,
     )
     return EasyControlEngine(loaded.manifest.name, info, parts, slots, max_batch, step_latency)
+
+
+def tokenizers(
+    bundle: Bundle, config: ImageConfig, pooled: PooledConfig
+) -> tuple[PromptTokenizer, PooledTokenizer]:
+    """Those of both text encoders. Raises BundleError, OSError, ValueError, ImportError."""
+    pieces = PromptTokenizer(bundle.asset(TOKENIZER), config.transformer.text_tokens)
+    pairs = bundle.asset(POOLED_TOKENIZER) if POOLED_TOKENIZER in bundle.manifest.assets else None
+    return pieces, PooledTokenizer(pooled, pieces, pairs)
+
+
+def adapters(
+    bundle: Bundle, config: ImageConfig, weights: Mapping[str, Array]
+) -> dict[str, dict[str, Array]]:
+    """The LoRA of each kind at weight 1, by `config.lora_shapes`. Raises BundleError: one is not whole."""
+    found = {}
+    for kind in config.conditions.kinds:
+        try:
+            found[kind] = loras.stacked(config.transformer, weights, 1.0, lora(kind))
+        except KeyError as error:
+            raise BundleError(f"{bundle.weights}: the LoRA of {kind} lacks {error}") from None
+    return found
 
 
 def architecture(values: Mapping[str, Any]) -> tuple[ImageConfig, TextConfig, PooledConfig]:

@@ -18,6 +18,19 @@ from realtide.engines.runtime.tensorrt import Sizes
 INT8 = (PROGRAMS.remember, PROGRAMS.denoise)
 """Programs whose matrix products are worth int8 on a CPU."""
 
+FP8 = (PROGRAMS.remember, PROGRAMS.denoise)
+"""Programs whose matrix products are worth float8 on a GPU."""
+
+FP8_KEPT = (
+    *("transformer.time_text_embed.", "transformer.x_embedder.", "transformer.context_embedder."),
+    *(".norm1.linear.", ".norm1_context.linear.", ".norm.linear."),
+    *("transformer.norm_out.linear.", "transformer.proj_out."),
+)
+"""Parts of the names of weights that stay in float16: the first and the last layer, and what timestep and
+pooled prompt go through, single rows that decide for all tokens. With these in float8 a velocity of
+easycontrol-emoji on random samples is 0.070 off, without 0.023. In FLUX they are 27 % of the weights.
+"""
+
 HOST_ONLY: tuple[str, ...] = ()
 """Programs without TensorRT plans."""
 

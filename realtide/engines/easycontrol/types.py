@@ -174,7 +174,7 @@ class ImageModelInfo:
     Attributes:
         version: of the bundle.
         backend: ``onnxruntime``, ``torch`` or ``tensorrt``.
-        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
+        precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
         device: ``cpu`` or ``cuda:0``.
         license: SPDX expression of the weights' licence.
         size: (width, height) in pixels by default.

@@ -204,8 +204,8 @@ def load(
         bundle: the bundle or its directory.
         slots: sessions that can be open at once.
         max_batch: not used: a step is one session's.
-        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``; None: the bundle's default. PyTorch computes in
-            ``fp32`` and ``bf16``, whatever graphs the bundle has.
+        precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``; None: the bundle's default. PyTorch
+            computes in ``fp32`` and ``bf16``, whatever graphs the bundle has.
         threads: threads of one program.
         step_latency: not used: frames are due when they are played.
         backend: ``onnxruntime``, ``torch`` where PyTorch is installed, or ``tensorrt``.

@@ -146,7 +146,7 @@ class VideoModelInfo:
     Attributes:
         version: of the bundle.
         backend: ``onnxruntime``, ``torch`` or ``tensorrt``.
-        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
+        precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``.
         device: ``cpu`` or ``cuda:0``.
         license: SPDX expression of the weights' licence.
         sizes: (width, height) in pixels that can be generated, the default first.

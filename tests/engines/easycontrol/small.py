@@ -137,9 +137,9 @@ class Small:
         return events
 
 
-def condition(name: str, kind: str, seed: int) -> Condition:
+def condition(name: str, kind: str, seed: int, side: int = 32) -> Condition:
     """A condition image of random pixels."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
     return Condition(name, kind, pixels)
 
 

@@ -29,15 +29,17 @@ PROGRAMS = 7
 
 def drawn(engine: EasyControlEngine, together: Sequence[int]) -> list[np.ndarray[Any, Any]]:
     """Images under so many conditions each, drawn side by side; with previews."""
+    least = engine.info.side_range[0]
+    wanted = replace(WANTED, width=max(WANTED.width, least), height=max(WANTED.height, least))
     player = Small.__new__(Small)
     player.engine, player.store, player.stages = engine, engine.store, []
     sessions = []
     for seed, count in enumerate(together):
         session = engine.open(ImageOptions())
         for one in CONDITIONS[:count]:
-            session.push(condition(*one))
+            session.push(condition(*one, engine.info.condition_size))
         under = tuple((name, 0.7) for name, _, _ in CONDITIONS[:count])
-        session.push(replace(WANTED, conditions=under, seed=seed, preview_interval=2))
+        session.push(replace(wanted, conditions=under, seed=seed, preview_interval=2))
         session.push(Finish())
         sessions.append(session)
     made = player.play(*sessions)
@@ -109,6 +111,20 @@ def test_half_precision_plans_are_near(image_bundle: Path, tmp_path: Path) -> No
         assert narrow.info.condition_bytes * 2 == wide.info.condition_bytes
         far = np.abs(drawn(narrow, (2,))[0] - drawn(wide, (2,))[0])
         assert 0 < far.mean() < 2  # levels of 255
+    for each in (narrow, wide):
+        each.close()
+
+
+def test_products_in_float8_are_near_and_conditions_half_as_large(tmp_path: Path) -> None:
+    bundle = Path(__file__).resolve().parents[3] / "models" / "easycontrol-emoji"
+    wide = load(bundle, slots=1)
+    with installed() as builder:
+        narrow = planned(bundle, tmp_path, "float8")
+        assert builder.built == PROGRAMS
+        assert narrow.info.precision == "fp8"
+        assert narrow.info.condition_bytes * 2 == wide.info.condition_bytes
+        far = np.abs(drawn(narrow, (1,))[0] - drawn(wide, (1,))[0])
+    assert 0.1 < far.mean() < 4  # levels of 255
     for each in (narrow, wide):
         each.close()
 

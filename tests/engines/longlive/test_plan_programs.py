@@ -12,7 +12,7 @@ import pytest
 
 from realtide.bundle import Precision, load_bundle
 from realtide.engines.longlive.engine import LongLiveEngine, load
-from realtide.engines.longlive.types import SetPrompt
+from realtide.engines.longlive.types import SetPrompt, VideoOptions
 from realtide.engines.runtime.plan_key import Gpu
 from realtide.engines.runtime.plans import PlanCache
 from realtide.engines.runtime.program import ProgramError
@@ -108,6 +108,29 @@ def test_half_precision_is_near_and_its_caches_are_half_as_large(
     frames = [np.stack(video(engine)[0][:3]) for engine in (wide, narrow)]
     far = np.abs(frames[0] - frames[1])
     assert 0 < far.mean() < 2  # levels of 255, before two chaotic systems drift apart
+
+
+def test_products_in_float8_are_served_and_their_caches_are_half_as_large(
+    tmp_path: Path, builder: type[Builder]
+) -> None:
+    bundle = Path(__file__).resolve().parents[3] / "models" / "longlive-emoji"
+    wide, narrow = load(bundle, slots=1), served(bundle, tmp_path, precision="float8", slots=1)
+    assert builder.built == len(SERVED)
+    assert narrow.info.precision == "fp8"
+    assert narrow.cache_bytes * 2 == wide.cache_bytes
+    width, height = wide.info.sizes[0]
+    options = VideoOptions("a yellow face", width, height, 16.0, seed=3, length=9, credit=9)
+    frames = []
+    for engine in (wide, narrow):
+        session = engine.open(options)
+        frames.append(np.stack(run(engine, [session])[0]))
+        session.close()
+        engine.close()
+    far = np.abs(frames[0] - frames[1])
+    assert 0.1 < far.mean() < 2  # levels of 255
+    # What was calibrated for the plans is calibrated to the same for those who look for them.
+    served(bundle, tmp_path, precision="float8", build=False, slots=1).close()
+    assert builder.built == len(SERVED)
 
 
 def test_without_plans_the_backend_is_refused(video_bundle: Path) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from realtide.engines.runtime import cuda_memory, tensorrt
@@ -133,7 +134,7 @@ class Builder:
             return None
         Builder.built += 1
         sizes = _sizes(read_graph(network.graph), config.profile)
-        return pickle.dumps((network.graph, network.weights, sizes))
+        return pickle.dumps((_settled(network.graph), _renamed(network.weights), sizes))
 
 
 class Runtime:
@@ -145,6 +146,26 @@ class Runtime:
     def deserialize_cuda_engine(self, plan: bytes) -> Engine:
         graph, weights, sizes = pickle.loads(plan)
         return Engine(HostDevice(), graph, weights, sizes)
+
+
+def _settled(graph: bytes) -> bytes:
+    """The graph with other names for what was computed from weights: onnxruntime is to take it as it is."""
+    model = onnx.load_model_from_string(graph)
+    names = {tensor.name for tensor in model.graph.initializer}
+    for tensor in model.graph.initializer:
+        tensor.name = _own(tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [_own(name) if name in names else name for name in node.input]
+    settled: bytes = model.SerializeToString()
+    return settled
+
+
+def _renamed(weights: dict[str, Array]) -> dict[str, Array]:
+    return {_own(name): array for name, array in weights.items()}
+
+
+def _own(name: str) -> str:
+    return name.replace("@", "~")
 
 
 def _sizes(info: GraphInfo, profile: Profile) -> dict[str, Sizes]:

@@ -198,7 +198,7 @@ class Model(_message.Message):
     backend: _builtins.str
     """What runs its graphs: "onnxruntime", "torch" or "tensorrt"."""
     precision: _builtins.str
-    """Arithmetic of the weights: "fp32", "fp16", "bf16" or "int8"."""
+    """Arithmetic of the weights: "fp32", "fp16", "bf16", "int8" or "fp8"."""
     device: _builtins.str
     """Where it runs: "cpu", "cuda:0"."""
     license: _builtins.str
