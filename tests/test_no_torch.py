@@ -13,6 +13,7 @@ ROOT = Path(realtide.__file__).resolve().parent
 NEEDS_TORCH = frozenset(
     {
         # Training and export.
+        "realtide.bench.precisions",
         "realtide.bench.recognize",
         "realtide.engines.ancat.export",
         "realtide.engines.ancat.model",
@@ -47,6 +48,7 @@ NEEDS_TORCH = frozenset(
         "realtide.engines.runtime.fp8",
         "realtide.engines.runtime.fp8_graph",
         "realtide.engines.runtime.fuse",
+        "realtide.engines.runtime.host_form",
         "realtide.engines.runtime.in_place",
         "realtide.engines.runtime.int8",
         "realtide.engines.runtime.narrow",
