@@ -202,24 +202,26 @@ class Bundle:
 
 _GPU_PRECISIONS: dict[str, tuple[Precision, ...]] = {
     "torch": ("float32", "bfloat16"),
-    "tensorrt": ("float32", "float16", "bfloat16", "float8"),
+    "tensorrt": ("float32", "float16", "bfloat16"),
 }
 
 
-def gpu_precision(backend: str, wanted: str | None) -> Precision:
+def gpu_precision(backend: str, wanted: str | None, also: tuple[Precision, ...] = ()) -> Precision:
     """The precision that PyTorch or TensorRT computes in; what graphs the bundle has does not matter.
 
     Args:
         backend: ``torch``: weights serve any precision; ``tensorrt``: graphs are rewritten.
         wanted: None: float32.
+        also: what the engine computes in besides.
 
     Raises:
         BundleError: it is none of the backend's.
     """
-    for precision in _GPU_PRECISIONS[backend]:
+    found = (*_GPU_PRECISIONS[backend], *also)
+    for precision in found:
         if wanted in (None, precision):
             return precision
-    offered = ", ".join(_GPU_PRECISIONS[backend])
+    offered = ", ".join(found)
     raise BundleError(f"precision must be one of {offered} with the backend {backend}, not {wanted!r}")
 
 

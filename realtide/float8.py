@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from realtide.engines.runtime.program import Array, ProgramError, Runs
 from realtide.engines.runtime.quality import Sample
 from realtide.engines.runtime.recording import Recorded
 from realtide.engines.runtime.weights import WeightFile
+
+log = logging.getLogger(__name__)
 
 Ranges = dict[str, dict[str, float]]
 """Largest magnitudes of activations, by program and name."""
@@ -32,6 +35,7 @@ def calibrated(bundle: Bundle) -> Ranges:
     Raises:
         BundleError, ProgramError: the examples cannot be run, or do not need one of the programs.
     """
+    log.info("%s: calibrating float8 on the processor", bundle.manifest.name)
     made: dict[str, Measured] = {}
     weights = WeightFile(bundle.weights)
 

@@ -118,7 +118,7 @@ def _plans(bundle: Path, model: ModelConfig, config: ServerConfig, max_batch: in
     from realtide.plan_building import BundlePlans
 
     loaded = load_bundle(bundle)
-    precision = gpu_precision("tensorrt", PRECISIONS[model.precision or config.precision])
+    precision = gpu_precision("tensorrt", PRECISIONS[model.precision or config.precision], ("float8",))
     cache, target = PlanCache(config.plan_directory), tensorrt.target(None, gpu.detect())
     return BundlePlans(loaded, precision, cache, target, max_batch, config.build_plans)
 

@@ -26,7 +26,9 @@ BACKENDS: dict[Runtime, tuple[str, str]] = {
 _DRIVER = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"), Path("/dev/dxg"))
 """One of these is there where NVIDIA's driver is."""
 _TORCH_PRECISIONS: tuple[str, ...] = ("fp32", "bf16")
-_PLAN_PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "fp8")
+_PLAN_PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
+_FP8: dict[Runtime, tuple[str, ...]] = {"tensorrt": ("longlive", "easycontrol"), "torch-cuda": ("longlive",)}
+"""Engines that compute in fp8 besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,8 @@ def missing(runtime: Runtime, engine: str, precision: str) -> str | None:
         offered, what = _PLAN_PRECISIONS, "TensorRT"
     else:
         offered, what = _TORCH_PRECISIONS, "PyTorch"
+    if engine in _FP8.get(runtime, ()):
+        offered = (*offered, "fp8")
     if precision not in offered:
         return f"engine {engine} computes in {' or '.join(offered)} with {what}, {precision} is asked for"
     return None if runtime == "torch-cpu" else _no_cuda()

@@ -66,14 +66,16 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing("onnxruntime", "ancat", "fp32") == "onnxruntime is not installed"
     install(monkeypatch, "torch", "tensorrt_rtx")
     reason = missing("tensorrt", "longlive", "int8")
-    assert (
-        reason == "engine longlive computes in fp32 or fp16 or bf16 or fp8 with TensorRT, int8 is asked for"
-    )
-    for runtime in ("torch-cuda", "torch-cpu"):
+    wanted = "engine longlive computes in fp32 or fp16 or bf16 or fp8 with TensorRT, int8 is asked for"
+    assert reason == wanted
+    reason = missing("tensorrt", "ancat", "fp8")
+    assert reason == "engine ancat computes in fp32 or fp16 or bf16 with TensorRT, fp8 is asked for"
+    torches: dict[Runtime, str] = {"torch-cuda": "fp32 or bf16 or fp8", "torch-cpu": "fp32 or bf16"}
+    for runtime, video in torches.items():
         reason = missing(runtime, "easycontrol", "int8")
         assert reason == "engine easycontrol computes in fp32 or bf16 with PyTorch, int8 is asked for"
         reason = missing(runtime, "longlive", "fp16")
-        assert reason == "engine longlive computes in fp32 or bf16 with PyTorch, fp16 is asked for"
+        assert reason == f"engine longlive computes in {video} with PyTorch, fp16 is asked for"
     assert missing("torch-cpu", "longlive", "bf16") is None
     assert missing("torch-cpu", "ancat", "bf16") is None
 

@@ -231,7 +231,10 @@ def load(
     """
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     long = None if precision is None else PRECISIONS.get(precision, precision)
-    wanted = loaded.precision(long) if backend == "onnxruntime" else gpu_precision(backend, long)
+    if backend == "onnxruntime":
+        wanted = loaded.precision(long)
+    else:
+        wanted = gpu_precision(backend, long, ("float8",) if backend == "tensorrt" else ())
     try:
         config, text, pooled = architecture(loaded.manifest.architecture)
         pieces, short = tokenizers(loaded, config, pooled)

@@ -27,7 +27,7 @@ from realtide.engines.longlive.generation import VideoStream
 from realtide.engines.longlive.layout import DECODE, PASSES, TEXT, TEXT_GRAPH, TRANSFORMER, VAE
 from realtide.engines.longlive.programs import FrameDecoder
 from realtide.engines.runtime.memory import HOST, Memory
-from realtide.engines.runtime.program import Array, Runs
+from realtide.engines.runtime.program import Array, ProgramError, Runs
 
 if TYPE_CHECKING:
     from realtide.engines.runtime.tensorrt import PlanOf
@@ -116,10 +116,11 @@ def torch(model: Model, count: int, threads: int, device: str, compiled: bool = 
     """`count` caches over the PyTorch modules, on a device.
 
     On a GPU the passes over a block and decoding are recorded as CUDA graphs before anybody watches;
-    compiled before that, on the processor too, if it is wanted.
+    compiled before that, on the processor too, if it is wanted. float8: the products of the transformer's
+    blocks; all else is then in bfloat16.
 
     Raises:
-        ProgramError: the device has too little memory, or a graph cannot be recorded.
+        ProgramError: the device has too little memory or no float8, or a graph cannot be recorded.
     """
     import torch
 
@@ -128,7 +129,7 @@ def torch(model: Model, count: int, threads: int, device: str, compiled: bool = 
 
     torch.set_num_threads(threads)
     memory, gpu = TorchMemory(device), device != "cpu"
-    dtype = torch.bfloat16 if model.precision == "bfloat16" else torch.float32
+    dtype = torch.float32 if model.precision == "float32" else torch.bfloat16
     # One for the thread that denoises, one for the thread that decodes.
     pools = [torch.cuda.graph_pool_handle() for _ in range(2)] if gpu else [None, None]
     stream = model.config.stream
@@ -136,6 +137,12 @@ def torch(model: Model, count: int, threads: int, device: str, compiled: bool = 
         network = torch_programs.transformer(model.config.transformer, model.part(TRANSFORMER))
         network.fuse()
         network.to(device, dtype)
+        if model.precision == "float8":
+            # As in the graphs: what timesteps go through and the last layer are not in the blocks.
+            from realtide.engines.runtime import fp8
+
+            if not fp8.convert(network.blocks):
+                raise ProgramError(f"{model.bundle.manifest.name}: no layer of a block can be in float8")
         decoder = torch_programs.vae(model.vae, model.part(VAE)).to(device, dtype)
         encoder = torch_programs.text_encoder(model.text, model.part(TEXT)).to(device, dtype)
         caches = []

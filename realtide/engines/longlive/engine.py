@@ -205,7 +205,7 @@ def load(
         slots: sessions that can be open at once.
         max_batch: not used: a step is one session's.
         precision: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``fp8``; None: the bundle's default. PyTorch
-            computes in ``fp32`` and ``bf16``, whatever graphs the bundle has.
+            computes in ``fp32``, ``bf16`` and ``fp8``, whatever graphs the bundle has.
         threads: threads of one program.
         step_latency: not used: frames are due when they are played.
         backend: ``onnxruntime``, ``torch`` where PyTorch is installed, or ``tensorrt``.
@@ -219,7 +219,8 @@ def load(
     """
     loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     long = None if precision is None else PRECISIONS.get(precision, precision)
-    wanted = loaded.precision(long) if backend == "onnxruntime" else gpu_precision(backend, long)
+    served = gpu_precision(backend, long, ("float8",)) if backend != "onnxruntime" else None
+    wanted = served or loaded.precision(long)
     architecture, limits = loaded.manifest.architecture, loaded.manifest.limits
     try:
         config = VideoConfig(

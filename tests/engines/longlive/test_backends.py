@@ -15,9 +15,9 @@ from realtide.engines.longlive import backends
 from realtide.engines.longlive.engine import LongLiveEngine, load
 from realtide.engines.longlive.generation import VideoStream
 from realtide.engines.longlive.graphs import architecture
-from realtide.engines.longlive.types import SetPrompt
+from realtide.engines.longlive.types import SetPrompt, VideoOptions
 from realtide.engines.runtime.memory import HOST
-from realtide.engines.runtime.program import Array
+from realtide.engines.runtime.program import Array, ProgramError
 from realtide.engines.runtime.torch_memory import TorchMemory
 from tests.engines.longlive.conftest import Player, video_config
 from tests.engines.longlive.test_engine import OPTIONS, run
@@ -84,6 +84,28 @@ def test_checkpoints_with_caches_move_between_host_and_device(
         each.close()
 
 
+def test_float8_is_near_float32_and_in_bfloat16_but_for_the_products_of_blocks() -> None:
+    bundle = Path(__file__).resolve().parents[3] / "models" / "longlive-emoji"
+    wide, narrow = engine(bundle), engine(bundle, precision="fp8")
+    assert (narrow.info.precision, narrow.info.backend) == ("fp8", "torch")
+    assert narrow.cache_bytes * 2 == wide.cache_bytes
+    width, height = wide.info.sizes[0]
+    options = VideoOptions("a yellow face", width, height, 16.0, seed=3, length=9, credit=9)
+    frames = []
+    for each in (wide, narrow):
+        session = each.open(options)
+        frames.append(np.stack(run(each, [session])[0]))
+        session.close()
+        each.close()
+    far = np.abs(frames[0] - frames[1])
+    assert 0.1 < far.mean() < 2  # levels of 255
+
+
+def test_a_model_whose_layers_do_not_fit_is_refused_in_float8(video_bundle: Path) -> None:
+    with pytest.raises(ProgramError, match=r"^small-video: no layer of a block can be in float8$"):
+        engine(video_bundle, precision="fp8")
+
+
 def test_bfloat16_is_near_float32_and_goes_on_from_its_own_checkpoints(video_bundle: Path) -> None:
     wide, narrow = engine(video_bundle), engine(video_bundle, precision="bf16")
     assert (narrow.info.precision, narrow.info.backend, narrow.info.device) == ("bf16", "torch", "cpu")
@@ -119,7 +141,8 @@ def test_compiled_video_is_the_same(video_bundle: Path, captured: list[str]) -> 
 
 def test_pytorch_computes_in_float32_and_bfloat16_only(video_bundle: Path) -> None:
     with pytest.raises(
-        BundleError, match="precision must be one of float32, bfloat16 with the backend torch, not 'float16'"
+        BundleError,
+        match="precision must be one of float32, bfloat16, float8 with the backend torch, not 'float16'",
     ):
         engine(video_bundle, precision="fp16")
 
