@@ -44,7 +44,7 @@ from realtide.variants import VariantError
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("digits_test", "strings_test", "coffee_test", "wakeword_test")
-PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "float16", "bfloat16")
+PRECISIONS: tuple[Precision, ...] = ("float32", "int8", "float16", "bfloat16", "float8")
 PROMPTS = ("a red apple moves to the right on a blue background", "a red apple moves up on a blue background")
 
 

@@ -63,7 +63,7 @@ def test_what_is_committed_is_of_the_bundles_here_and_stands_in_the_documentatio
     for engine in ("easycontrol", "longlive"):
         for found in (results["golden"][engine][name] for name in ("float32", *NARROW)):
             assert all(case["worst"] <= case["bound"] for case in found.values())
-    columns = ("float32", "int8", "float16", "bfloat16")
+    columns = ("float32", "int8", "float16", "bfloat16", "float8")
     text = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
     assert precisions.table(results, columns) in text
     assert precisions.golden_table(results, ("float32", *NARROW)) in text
