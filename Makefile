@@ -6,6 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach v,python3.11 python3.12 python3.13 python3,$(shell command -v $(v) 2>/dev/null)))
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that share the tests, file by file.
+TEST_WORKERS ?= 2
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile
 # Changes of the contract are compared with this commit; none (a first push, a shallow clone): not compared.
 BASE ?= $(shell git rev-parse -q --verify origin/main 2>/dev/null || git describe --tags --abbrev=0 2>/dev/null)
@@ -22,7 +24,7 @@ serve: $(VENV)/.serving ## Serve the bundled models
 	@$(BIN)/realtide serve
 
 test: lint ## Lint, then run every test
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 ops-test: $(VENV)/.ops ## Charts, rules, dashboards and drain, with real Prometheus, balancers and containers (installs them)
 	$(BIN)/python tools/ops_tools.py

@@ -10,11 +10,10 @@ import itertools
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from realtide.bundle import Precision
 from realtide.engines.easycontrol import loras, rotary, schedule
 from realtide.engines.easycontrol.config import (
     ConditionConfig,
@@ -25,7 +24,6 @@ from realtide.engines.easycontrol.config import (
     VaeConfig,
     cache_names,
 )
-from realtide.engines.easycontrol.graphs import INT8
 from realtide.engines.easycontrol.layout import PROGRAMS
 from realtide.engines.runtime.golden import (
     Backend,
@@ -40,6 +38,9 @@ from realtide.engines.runtime.program import Array, Runs
 from realtide.engines.runtime.rewriting import rewrite
 from realtide.engines.runtime.tensor_file import TensorFile, TensorFileError
 from realtide.engines.runtime.tensorrt import Sizes
+
+if TYPE_CHECKING:
+    from realtide.bundle import Precision
 
 KEY = "cond_size"
 """What the description of an EasyControl case has and no other's."""
@@ -105,6 +106,8 @@ def _programs(
     step = export.export_denoise(model, directory / "denoise.onnx")
     condition = export.export_remember(model, config, directory / "remember.onnx")
     if backend == "onnxruntime":
+        from realtide.engines.easycontrol.graphs import INT8
+
         rewrite((step, condition), precision, INT8)
         return OrtProgram(step, weights, {}), OrtProgram(condition, weights, {}), weights
     from realtide.engines.runtime.plan_program import PlanPrograms

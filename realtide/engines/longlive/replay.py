@@ -9,12 +9,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from realtide.bundle import Precision
 from realtide.engines.longlive import window
 from realtide.engines.longlive.config import (
     StreamConfig,
@@ -27,7 +26,6 @@ from realtide.engines.longlive.config import (
     encoder_shapes,
 )
 from realtide.engines.longlive.generation import VideoStream
-from realtide.engines.longlive.graphs import INT8
 from realtide.engines.longlive.layout import DECODE, ENCODE, TEXT_GRAPH
 from realtide.engines.longlive.programs import (
     FrameDecoder,
@@ -50,6 +48,9 @@ from realtide.engines.runtime.memory import HOST, Memory, Values
 from realtide.engines.runtime.program import Array, Runs
 from realtide.engines.runtime.rewriting import rewrite
 from realtide.engines.runtime.tensorrt import Sizes
+
+if TYPE_CHECKING:
+    from realtide.bundle import Precision
 
 
 def replay(
@@ -84,7 +85,7 @@ def replay(
     raise CaseError(f"{path}: not a LongLive case: it has neither rope nor z_dim nor vocab")
 
 
-_Play = Callable[[Path, dict[str, Any], dict[str, Array], Backend, Path, str, Precision], dict[str, Array]]
+_Play = Callable[[Path, dict[str, Any], dict[str, Array], Backend, Path, str, "Precision"], dict[str, Array]]
 
 
 def _video(
@@ -106,6 +107,7 @@ def _video(
     cache = _zeros({name: (rows, *shape) for name, (rows, shape) in cache_shapes(config).items()}, memory)
     if backend == "onnxruntime":
         from realtide.engines.longlive import export, onnx_programs
+        from realtide.engines.longlive.graphs import INT8
 
         graphs = export.export_video(model, config, directory)
         rewrite((graphs.prompt, graphs.denoise, graphs.clean, graphs.recache), precision, INT8)

@@ -12,12 +12,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from realtide.bundle import Precision
 from realtide.engines.runtime.program import Array
+
+if TYPE_CHECKING:
+    from realtide.bundle import Precision
 from realtide.engines.runtime.tensor_file import TensorFile, TensorFileError
 
 Backend = Literal["torch", "onnxruntime", "tensorrt"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from realtide.bundle import Precision
+if TYPE_CHECKING:
+    from realtide.bundle import Precision
 
 
 def rewrite(graphs: Iterable[Path], precision: Precision, quantized: Iterable[str] = ()) -> None:

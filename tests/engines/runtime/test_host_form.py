@@ -13,9 +13,11 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from realtide.engines.runtime.export import export_program
+from realtide.engines.runtime.fp8_graph import quantize_graph_float8
 from realtide.engines.runtime.host_form import host_form
 from realtide.engines.runtime.narrow import Narrow, narrow_graph
 from realtide.engines.runtime.ort import OrtProgram
+from realtide.engines.runtime.products import calibrate
 from realtide.engines.runtime.program import Array, ProgramError
 from tests.engines.runtime.cell import Exported, feeds, state
 
@@ -118,3 +120,21 @@ def test_a_graph_without_half_precision_is_refused(exported: Exported, tmp_path:
     with pytest.raises(ProgramError, match="nothing in it is in half precision"):
         host_form(exported.graph, tmp_path / "form.onnx")
     assert not (tmp_path / "form.onnx").exists()
+
+
+def test_products_in_float8_stay_what_they_are(tmp_path: Path) -> None:
+    """ONNX Runtime computes float8 on a processor by itself, in float16: the form must not differ."""
+    torch.manual_seed(5)
+    module = nn.Linear(32, 48).requires_grad_(False)
+    source, narrow, form = (tmp_path / f"{name}.onnx" for name in ("source", "narrow", "form"))
+    export_program(module, [{"x": torch.randn(4, 32)}], {}, ["y"], source)
+    weights = arrays(module)
+    x = np.random.default_rng(2).standard_normal((4, 32)).astype(np.float16)
+    wide = x.astype(np.float32)
+    quantize_graph_float8(source, narrow, calibrate(source, weights, {}, [{"x": wide}]))
+    host_form(narrow, form)
+    want = OrtProgram(narrow, weights, {}).run({"x": x})["y"]
+    have = OrtProgram(form, weights, {}).run({"x": wide})["y"]
+    np.testing.assert_allclose(have, want.astype(np.float32), rtol=2e-3, atol=1e-3)
+    exact = wide @ weights["weight"].T + weights["bias"]
+    assert 0.005 < np.linalg.norm(have - exact) / np.linalg.norm(exact) < 0.1
