@@ -17,7 +17,7 @@ from realtide.engines.ancat.device_rows import DeviceRows
 from realtide.engines.ancat.search import Joiner
 from realtide.engines.ancat.static_encoder import PaddedJoiner, StaticEncoder
 from realtide.engines.runtime.memory import Memory
-from realtide.engines.runtime.program import Array, Program, ProgramError, Runs
+from realtide.engines.runtime.program import Array, ProgramError, Runs
 from realtide.engines.runtime.slots import SlotState
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def onnxruntime(source: Source, threads: int) -> Loaded:
     graph = source.bundle.graph
     encoder = OrtProgram(graph("encoder", source.precision), source.weights, state, options)
     joiner = OrtProgram(graph("joiner", source.precision), source.weights, {}, options)
-    return Loaded(encoder, _host_joiner(joiner), source.rows(state))
+    return Loaded(encoder, host_joiner(joiner), source.rows(state))
 
 
 def torch(source: Source, threads: int, device: str | None, compiled: bool = False) -> Loaded:
@@ -109,7 +109,7 @@ def torch(source: Source, threads: int, device: str | None, compiled: bool = Fal
         return _torch_device(source, threads, device or "cpu", compiled)
     state = source.arrays()
     encoder, joiner = programs(source.config, source.step_frames, source.weights, state, threads)
-    return Loaded(encoder, _host_joiner(joiner), source.rows(state))
+    return Loaded(encoder, host_joiner(joiner), source.rows(state))
 
 
 def _torch_device(source: Source, threads: int, device: str, compiled: bool) -> Loaded:
@@ -177,5 +177,6 @@ def _on_device(
     return Loaded(static, padded, DeviceRows(memory, state, config, frames, slots))
 
 
-def _host_joiner(program: Program) -> Joiner:
+def host_joiner(program: Runs) -> Joiner:
+    """The joiner as the search calls it, of a program in host memory."""
     return lambda encoded, contexts: program.run({"encoded": encoded, "contexts": contexts})["log_probs"]

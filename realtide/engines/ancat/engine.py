@@ -280,6 +280,7 @@ def load(
     device: str | None = None,
     plan_of: PlanOf | None = None,
     compiled: bool = False,
+    programs: Callable[[backends.Source], backends.Loaded] | None = None,
 ) -> AncatEngine:
     """Load a bundle into an engine.
 
@@ -296,6 +297,7 @@ def load(
             there. None: the processor, with programs that suit it.
         plan_of: where the backend ``tensorrt`` has plans in this precision from.
         compiled: have PyTorch compile its programs, in the form for GPUs, while the bundle is loaded.
+        programs: what runs the programs instead of a backend, in the precision of `precision`.
 
     Raises:
         BundleError, ProgramError: the bundle is not usable; the message names the file or the field.
@@ -316,7 +318,9 @@ def load(
         raise BundleError(f"{loaded.directory}: architecture: {error}") from None
     weights = WeightFile(loaded.weights)
     source = backends.Source(loaded, wanted, config, step_frames, slots, max_batch, weights)
-    if backend == "tensorrt":
+    if programs is not None:
+        made = programs(source)
+    elif backend == "tensorrt":
         if plan_of is None:
             raise ProgramError("the backend tensorrt needs plans")
         made = backends.tensorrt(source, device or "cpu", plan_of)

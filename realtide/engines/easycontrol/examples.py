@@ -22,12 +22,18 @@ from realtide.engines.runtime.weights import WeightFile
 PROMPTS = ("a red heart", "a yellow face that smiles")
 
 
-def run(bundle: Bundle, program_of: Callable[[str, Mapping[str, Array]], Runs]) -> None:
+def run(
+    bundle: Bundle, program_of: Callable[[str, Mapping[str, Array]], Runs], *, pictures: bool = False
+) -> str:
     """Draw an image without a condition, one under each kind of condition, and one under all that may be.
 
     Args:
         bundle: whose images they are.
         program_of: runs a program, given its name and its state, of which these programs have none.
+        pictures: decode each image too, and a preview of it.
+
+    Returns:
+        What was done; one clause.
 
     Raises:
         BundleError: the bundle lacks a tokenizer or a LoRA.
@@ -55,10 +61,14 @@ def run(bundle: Bundle, program_of: Callable[[str, Mapping[str, Array]], Runs]) 
             while not request.ready:
                 request.prepare(lambda *stage: None)
             while not request.done:
-                request.advance(parts.velocities([request.row()], request.grid)[0])
+                clean = request.advance(parts.velocities([request.row()], request.grid)[0])
+            if pictures:
+                parts.preview(clean, request.grid)
+                parts.decode(clean, request.grid)
             request.close()
     finally:
         worker.close()
+    return f"{len(chosen)} images of {width}x{height}, all but the first under conditions"
 
 
 def _picture(size: int, role: Role) -> Pixels8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from realtide.engines.runtime.ort import OrtProgram, read_graph_file
-from realtide.engines.runtime.program import Array, ProgramError
+from realtide.engines.runtime.program import Array, ProgramError, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,30 @@ class Quality:
 def measure(
     reference: Path, candidate: Path, weights: Mapping[str, Array], *samples: Sample
 ) -> list[Quality]:
-    """Run both graphs on the same inputs; of each output, the sample on which it is furthest off.
+    """As `worst` of `measure_each`."""
+    return worst(measure_each(reference, candidate, weights, *samples))
+
+
+def worst(measured: Sequence[Sequence[Quality]]) -> list[Quality]:
+    """Of each output, the sample on which it is furthest off."""
+    found: dict[str, Quality] = {}
+    for quality in itertools.chain.from_iterable(measured):
+        if quality.output not in found or quality.relative > found[quality.output].relative:
+            found[quality.output] = quality
+    return list(found.values())
+
+
+def measure_each(
+    reference: Path,
+    candidate: Path,
+    weights: Mapping[str, Array],
+    *samples: Sample,
+    state_of: Path | None = None,
+) -> list[list[Quality]]:
+    """Run both graphs on the same inputs; of each sample, all outputs.
+
+    `state_of` is a graph in whose types the candidate's state is held, where those are not the candidate's
+    own (a host form): what it starts with is rounded to them.
 
     Of integers it is the share that differs. What has another shape, or is not finite where float32 is, gets
     infinity.
@@ -53,28 +77,27 @@ def measure(
     Raises:
         ProgramError: a graph cannot be loaded or run here, or the two have other outputs.
     """
-    worst: dict[str, Quality] = {}
-    runs = (_run(graph, weights, samples) for graph in (reference, candidate))
+    found: list[list[Quality]] = []
+    runs = _run(reference, weights, samples), _run(candidate, weights, samples, state_of)
     for want, have in zip(*runs, strict=True):
         if set(want) != set(have):
             odd = sorted(set(want) ^ set(have))[0]
             raise ProgramError(f"{candidate}: {odd!r} is an output of one of the two graphs only")
-        for name in want:
-            found = _compare(name, want[name], have[name])
-            if name not in worst or found.relative > worst[name].relative:
-                worst[name] = found
-    return list(worst.values())
+        found.append([_compare(name, want[name], have[name]) for name in want])
+    return found
 
 
 def _run(
-    graph: Path, weights: Mapping[str, Array], samples: Sequence[Sample]
+    graph: Path, weights: Mapping[str, Array], samples: Sequence[Sample], state_of: Path | None = None
 ) -> Iterator[dict[str, list[Array]]]:
     """All outputs of all calls of each sample, and the state after them."""
     loaded: OrtProgram | None = None
+    held = read_graph_file(graph).state
+    start = held if state_of is None else read_graph_file(state_of).state
     for sample in samples:
         state = {name: np.zeros(array.shape, array.dtype) for name, array in sample.state.items()}
-        bound = _bound(graph, sample, state)
-        loaded = program = loaded.over(bound) if loaded else OrtProgram(graph, weights, bound)
+        state |= _typed(_typed(sample.state, start), held)
+        loaded = program = loaded.over(state) if loaded else OrtProgram(graph, weights, state)
         types = {spec.name: spec.dtype for spec in program.inputs}
         found: dict[str, list[Array]] = {spec.name: [] for spec in program.outputs}
         for call in sample.calls:
@@ -84,12 +107,11 @@ def _run(
         yield found | {f"{name}.next": [array] for name, array in state.items()}
 
 
-def _bound(graph: Path, sample: Sample, state: dict[str, Array]) -> dict[str, Array]:
-    """State arrays in the graph's types, with the sample's values."""
-    for spec in read_graph_file(graph).state:
-        if spec.name in sample.state:
-            state[spec.name] = np.array(sample.state[spec.name], spec.dtype, order="C")
-    return state
+def _typed(values: Mapping[str, Array], specs: Sequence[TensorSpec]) -> dict[str, Array]:
+    """Copies of state in a graph's types."""
+    return {
+        spec.name: np.array(values[spec.name], spec.dtype, order="C") for spec in specs if spec.name in values
+    }
 
 
 def _compare(name: str, want: Sequence[Array], have: Sequence[Array]) -> Quality:
@@ -99,9 +121,8 @@ def _compare(name: str, want: Sequence[Array], have: Sequence[Array]) -> Quality
         return Quality(name, np.inf, np.inf, peak)
     if all(array.dtype.kind != "f" for array in want):
         differing = sum(int(np.count_nonzero(a != b)) for a, b in zip(want, have, strict=True))
-        far = max(
-            float(np.abs(b.astype(np.float64) - a).max(initial=0.0)) for a, b in zip(want, have, strict=True)
-        )
+        gaps = (np.abs(b.astype(np.float64) - a) for a, b in zip(want, have, strict=True))
+        far = max((float(gap.max(initial=0.0)) for gap in gaps), default=0.0)
         return Quality(name, differing / max(sum(a.size for a in want), 1), far, peak)
     gap = [b.astype(np.float64) - a.astype(np.float64) for a, b in zip(want, have, strict=True)]
     if any(not np.isfinite(g[np.isfinite(a)]).all() for g, a in zip(gap, want, strict=True)):

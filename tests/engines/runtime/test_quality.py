@@ -10,9 +10,10 @@ import pytest
 from onnx import TensorProto, helper
 from safetensors.numpy import load_file
 
+from realtide.engines.runtime.host_form import host_form
 from realtide.engines.runtime.narrow import narrow_graph
 from realtide.engines.runtime.program import ProgramError
-from realtide.engines.runtime.quality import Sample, measure
+from realtide.engines.runtime.quality import Sample, measure, measure_each, worst
 from tests.engines.runtime.cell import Exported, feeds, state
 
 
@@ -63,6 +64,30 @@ def test_state_is_compared_after_the_calls(exported: Exported, tmp_path: Path) -
     for name in ("y", "keys.next", "values.next"):
         assert 0 < found[name].relative < 0.005
     assert not state()["keys"].any()  # and the sample's own state is as it was
+
+
+def test_of_several_samples_the_worst_of_each_output_is_told(tmp_path: Path) -> None:
+    double, square = pointwise(tmp_path / "a", "Add"), pointwise(tmp_path / "b", "Mul")
+    samples = [Sample([{"x": np.array([value], np.float32)}], {}) for value in (2.0, 4.0, 3.0)]
+    each = measure_each(double, square, {}, *samples)
+    assert [[found.relative for found in one] for one in each] == [[0.0], [1.0], [0.5]]
+    assert worst(each) == measure(double, square, {}, *samples) == each[1]
+
+
+def test_a_host_forms_state_is_rounded_as_the_graph_holds_it(exported: Exported, tmp_path: Path) -> None:
+    narrow, form = tmp_path / "narrow.onnx", tmp_path / "form.onnx"
+    narrow_graph(exported.graph, narrow, "bfloat16")
+    host_form(narrow, form)
+    third = np.float32(1 / 3)
+    held = {name: np.full_like(array, third) for name, array in state().items()}
+    sample = Sample([feeds(3, 0)], held)
+    weights = load_file(exported.weights)
+    (rounded,) = measure_each(exported.graph, form, weights, sample, state_of=narrow)
+    (plain,) = measure_each(exported.graph, form, weights, sample)
+    # Rows that the call does not write keep what they had: a third in bfloat16 is 0.333984375.
+    keys, same = ({q.output: q for q in found}["keys.next"] for found in (rounded, plain))
+    assert keys.largest >= 0.333984375 - third
+    assert keys.relative > same.relative
 
 
 def test_other_outputs_are_refused(tmp_path: Path) -> None:
