@@ -13,8 +13,6 @@ from realtide.engines.runtime.fp8_graph import quantize_graph_float8
 from realtide.engines.runtime.ort import OrtProgram
 from realtide.engines.runtime.products import Measured
 from realtide.engines.runtime.program import Array, ProgramError, Runs
-from realtide.engines.runtime.quality import Sample
-from realtide.engines.runtime.recording import Recorded
 from realtide.engines.runtime.weights import WeightFile
 
 log = logging.getLogger(__name__)
@@ -50,19 +48,6 @@ def calibrated(bundle: Bundle) -> Ranges:
                 f"{bundle.manifest.name}: {name} is not calibrated: the examples do not run it"
             )
     return {name: measured.ranges for name, measured in made.items()}
-
-
-def recorded(bundle: Bundle) -> dict[str, list[Sample]]:
-    """Calls of a bundle's float8 programs in float32, from the engine's examples; raises as `calibrated`."""
-    made: dict[str, Recorded] = {}
-    weights = WeightFile(bundle.weights)
-
-    def program(name: str, state: Mapping[str, Array]) -> Runs:
-        made[name] = Recorded(OrtProgram(bundle.graph(name, "float32"), weights, state), state)
-        return made[name]
-
-    _work(bundle, weights, program)
-    return {name: one.samples for name, one in made.items()}
 
 
 def write_graph(bundle: Bundle, program: str, ranges: Ranges, target: Path) -> list[str]:

@@ -32,8 +32,10 @@ def test_the_transformers_products_are_float8_and_near_float32(exported: Exporte
     assert {name for name, (_, how) in found.items() if how == "quantized"} == chosen
     assert {how for name, (_, how) in found.items() if name not in chosen} == {"narrowed"}
     report = report_variant(bundle, "float8", {name: found[name] for name in chosen})
-    assert report["measured_with"].partition(", ")[2].startswith("recorded examples and random samples")
     for row in report["programs"]:
+        # Scales are those of the recorded work, and random numbers may be larger.
+        assert row["calls"]["recorded"] >= 1
+        assert row["calls"]["random"] == 0
         assert row["within"], row
         assert row["bound"] == {"longlive": 0.16, "easycontrol": BOUNDS["float8"]}[bundle.manifest.engine]
         assert row["worst"] > 0.02  # three bits of mantissa are no more

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +13,14 @@ from realtide import variants
 from realtide.bundle import Bundle, load_bundle
 from realtide.engines.runtime.plan_key import PORTABLE
 from realtide.engines.runtime.plans import PlanCache
+from realtide.engines.runtime.quality import Sample
 from realtide.plan_building import build_plans
+from realtide.recorded_work import recorded
 from realtide.variants import (
     BOUNDS,
     WIDER,
     VariantError,
+    engine_graphs,
     export_variant,
     report_variant,
 )
@@ -23,6 +28,17 @@ from tests import graph_samples
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BUNDLES = sorted(path.parent.name for path in MODELS.glob("*/manifest.yaml"))
+
+
+@functools.cache
+def work_of(directory: Path) -> Any:
+    return recorded(load_bundle(directory))
+
+
+@pytest.fixture(autouse=True)
+def _work_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle's work does not depend on the precision: it is done once, and not in every test."""
+    monkeypatch.setattr(variants, "recorded", lambda bundle, recordings: work_of(bundle.directory))
 
 
 @pytest.fixture(scope="module", params=BUNDLES)
@@ -43,7 +59,14 @@ def test_onnxruntime_runs_the_graphs_within_the_reports_bounds(half: tuple[Bundl
     bundle, paths = half
     report = report_variant(bundle, "float16", {name: (path, "narrowed") for name, path in paths.items()})
     assert set(paths) == set(bundle.manifest.programs)
+    never_called = {"longlive": {"encode_first", "encode_next"}}.get(bundle.manifest.engine, set())
     for row in report["programs"]:
+        assert row["calls"]["random"] >= 1
+        if row["program"] in never_called:
+            assert (row["calls"]["recorded"], row["worst_recorded"]) == (0, None)
+        else:
+            assert row["calls"]["recorded"] >= 1
+            assert 0 < row["worst_recorded"] <= row["worst"]
         assert row["outputs"], row["program"]
         assert row["within"], row
         assert row["worst"] <= row["bound"]
@@ -54,6 +77,7 @@ def test_onnxruntime_runs_the_graphs_within_the_reports_bounds(half: tuple[Bundl
         assert any(output["relative_l2"] > 0 for output in row["outputs"]), row["program"]
     assert report["within"]
     assert report["bound"] == BOUNDS["float16"]
+    assert report["recorded_work"].split()[0] in ("8", "a", "4"), report["recorded_work"]
 
 
 def test_tensorrt_compiles_every_graph(half: tuple[Bundle, dict[str, Path]], tmp_path: Path) -> None:
@@ -104,6 +128,7 @@ def test_a_report_says_what_was_not_measured(tmp_path: Path) -> None:
     assert {row["not_measured"] for row in report["programs"]} == {"as asked"}
     assert report["within"] is None
     assert report["scores"] == "not asked for"
+    assert report["recorded_work"] == "not run: as asked"
     path = variants.write_report(report, tmp_path)
     assert json.loads(path.read_text()) == report
 
@@ -114,6 +139,17 @@ def test_what_is_out_of_bounds_is_not_within(tmp_path: Path) -> None:
     found = export_variant(bundle, "int8", tmp_path)
     report = report_variant(bundle, "float16", {"denoise": found["denoise"]})
     assert not report["within"]
+
+
+def test_what_only_real_work_shows_is_out_of_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An int8 graph in a float16 one's place, without a random call."""
+    bundle = load_bundle(MODELS / "easycontrol-emoji")
+    found = export_variant(bundle, "int8", tmp_path)
+    monkeypatch.setattr(engine_graphs(bundle), "samples", lambda manifest: {"denoise": Sample([], {})})
+    (row,) = report_variant(bundle, "float16", {"denoise": found["denoise"]})["programs"]
+    assert row["calls"] == {"recorded": 6, "random": 0}
+    assert row["worst"] == row["worst_recorded"] > BOUNDS["float16"]
+    assert not row["within"]
 
 
 def test_precisions_that_cannot_be_had_are_refused(tmp_path: Path) -> None:

@@ -32,6 +32,13 @@ def export(
         Path | None,
         typer.Option(help="What benchmarks/precisions.py wrote. Default: what the source tree has."),
     ] = None,
+    recordings: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of FLAC, WAV or OGG files for a speech bundle to transcribe. Default: the source "
+            "tree's test clips."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a bundle's graphs in another precision, and how far their results are from float32.
@@ -39,8 +46,9 @@ def export(
     Graphs hold no weights: the new ones go with the bundle's own weight file. fp16, bf16 and fp8 are for
     GPUs (`realtide models build` compiles them), int8 is for ONNX Runtime on a CPU. fp8 has a transformer's
     products in float8, with scales that examples of the bundle's work give, and all else in fp16. Both
-    graphs run on the CPU on random samples at the bundle's sizes, in fp8 on those examples; bf16, which ONNX
-    Runtime does not compute there, in a form that rounds every result to it. What the bundle scores in the
+    graphs run on the CPU on inputs recorded from the bundle's work in float32 (recordings transcribed, a
+    video, images under conditions) and on random ones at the bundle's sizes; bf16, which ONNX Runtime does
+    not compute there, in a form that rounds every result to it. What the bundle scores in the
     precision (words, motion, edges), and how far golden cases of its engine are from their reference, is told
     if that was measured. Exits with 1 if an output is further off than the report's bound.
 
@@ -51,6 +59,8 @@ def export(
     from realtide.precision_scores import FILE, golden_of, scores_of
 
     loaded, long = loaded_bundle(bundle), PRECISIONS[precision]
+    if recordings is not None and loaded.manifest.engine != "ancat":
+        raise UsageError(f"recordings: are for speech bundles, {loaded.manifest.name} is none")
     if scores is not None and not scores.exists():
         raise UsageError(f"scores: there is no file {scores}")
     directory = out or Path(f"{loaded.manifest.name}-{precision}")
@@ -66,6 +76,7 @@ def export(
                 measured=measure,
                 golden=golden_of(loaded, long, known),
                 scores=scores_of(loaded, long, known),
+                recordings=recordings,
             )
         path = variants.write_report(report, directory)
     except (ValueError, ProgramError) as error:
@@ -76,6 +87,7 @@ def export(
         typer.echo(json.dumps(report, indent=2))
     else:
         _quality_table(report)
+        typer.echo(f"recorded work: {report['recorded_work']}")
         typer.echo(f"{len(found)} graphs and {path.name} in {directory}")
     if report["within"] is False:
         worst = [row["program"] for row in report["programs"] if not row.get("within", True)]
@@ -169,16 +181,22 @@ def build(
 
 def _quality_table(report: dict[str, Any]) -> None:
     table = table_of(
-        "PROGRAM", "GRAPH", "WORST OUTPUT", "REL L2", "MAX ABS", "PEAK", numbers=("REL L2", "MAX ABS", "PEAK")
+        *("PROGRAM", "GRAPH", "RECORDED", "WORST OUTPUT", "REL L2", "MAX ABS", "PEAK"),
+        numbers=("RECORDED", "REL L2", "MAX ABS", "PEAK"),
     )
     for row in report["programs"]:
         outputs = row.get("outputs")
         if not outputs:
-            table.add_row(row["program"], row["source"], row.get("not_measured", "no outputs"), "", "", "")
+            table.add_row(
+                row["program"], row["source"], "", row.get("not_measured", "no outputs"), "", "", ""
+            )
             continue
         worst = max(outputs, key=lambda output: float(output["relative_l2"]))
         figures = (worst["relative_l2"], worst["max_abs"], worst["peak"])
-        table.add_row(row["program"], row["source"], worst["output"], *(f"{float(x):.2g}" for x in figures))
+        calls = str(row["calls"]["recorded"])
+        table.add_row(
+            row["program"], row["source"], calls, worst["output"], *(f"{float(x):.2g}" for x in figures)
+        )
     print_table(table)
 
 

@@ -35,11 +35,13 @@ def joiner(tmp_path: Path) -> Path:
 def test_export_writes_graphs_and_a_report(run: Run, tmp_path: Path) -> None:
     done = run("models", "export", SPEECH, "--precision", "fp16")
     assert (done.code, done.err) == (0, "")
-    titles, encoder, static, joiner, last = done.out.splitlines()
-    assert titles.split() == ["PROGRAM", "GRAPH", "WORST", "OUTPUT", "REL", "L2", "MAX", "ABS", "PEAK"]
+    titles, encoder, static, joiner, work, last = done.out.splitlines()
+    assert titles.split()[:5] == ["PROGRAM", "GRAPH", "RECORDED", "WORST", "OUTPUT"]
+    assert titles.split()[5:] == ["REL", "L2", "MAX", "ABS", "PEAK"]
     assert encoder.split()[:2] == ["encoder", "narrowed"]
     assert static.split()[:2] == ["encoder_static", "narrowed"]
-    assert joiner.split()[:3] == ["joiner", "narrowed", "log_probs"]
+    assert joiner.split()[:4] == ["joiner", "narrowed", "8", "log_probs"]
+    assert work == "recorded work: 8 recordings, up to 10 s of each, transcribed together"
     assert last == "3 graphs and report.json in ancat-commands-en-fp16"
     report = json.loads((tmp_path / "ancat-commands-en-fp16" / "report.json").read_text())
     assert (report["precision"], report["within"]) == ("float16", True)
@@ -80,6 +82,22 @@ def test_export_tells_the_scores_of_these_weights(run: Run, tmp_path: Path) -> N
     file.write_text("[]")
     done = run(*call)
     assert (done.code, "holds no scores of precisions" in done.err) == (1, True)
+
+
+def test_recordings_can_be_named(run: Run, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "one.flac").symlink_to(ROOT / "tests" / "data" / "audio" / "digit-three.flac")
+    done = run("models", "export", SPEECH, "--precision", "fp16", "--recordings", str(own), "--json")
+    assert json.loads(done.out)["recorded_work"].startswith("1 recordings, ")
+    (own / "one.flac").unlink()
+    done = run("models", "export", SPEECH, "--precision", "fp16", "--recordings", str(own))
+    told = f"recordings: must be a directory with .flac, .wav, .ogg files, not {own}"
+    assert (done.code, done.err) == (1, f"realtide: {told}\n")
+    video = str(ROOT / "models" / "longlive-emoji")
+    done = run("models", "export", video, "--precision", "fp16", "--recordings", str(own))
+    told = "recordings: are for speech bundles, longlive-emoji is none"
+    assert (done.code, told in done.err) == (2, True)
 
 
 def test_export_fails_where_the_report_is_out_of_bounds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
