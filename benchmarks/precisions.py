@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from realtide import golden_precisions
 from realtide.bench import audio, precisions, report
 from realtide.bench.encoder import EncoderBench, windows_of
 from realtide.bundle import Bundle, BundleError, Precision, load_bundle
@@ -38,6 +39,7 @@ from realtide.engines.ancat.frontend import Float32
 from realtide.engines.longlive.engine import LongLiveEngine, load
 from realtide.engines.longlive.generation import VideoStream
 from realtide.engines.longlive.programs import FrameDecoder
+from realtide.engines.runtime.golden import NARROW
 from realtide.engines.runtime.program import ProgramError
 from realtide.precision_scores import FILE, entry_of, identity
 from realtide.variants import VariantError
@@ -164,26 +166,12 @@ def image_times(bundle: Path, rounds: int) -> list[dict[str, Any]]:
 
 def golden(results: dict[str, Any], now: dict[str, str]) -> None:
     """Replay every golden case of the engines in every precision; worst tensors into `results`."""
-    from realtide.engines.easycontrol import replay as easycontrol
-    from realtide.engines.longlive import replay as longlive
-    from realtide.engines.runtime.golden import NARROW, quiet
-
-    for name, engine in (("easycontrol", easycontrol), ("longlive", longlive)):
+    for engine in golden_precisions.ENGINES:
         found: dict[str, Any] = {}
-        for path in sorted((ROOT / "tests" / "golden" / name).glob("*.safetensors")):
-            if name == "easycontrol" and not path.name.startswith(("spatial", "subject")):
-                continue  # weights, and parts of other models, which tests hold to other references
-            if "weights" in path.name:
-                continue
-            print(f"golden case {path.stem}", file=sys.stderr)
-            for precision in ("float32", *NARROW):
-                with quiet():
-                    report = engine.replay(path, "onnxruntime", precision=precision)
-                tensors = {tensor: float(f"{d.rel_l2:.3g}") for tensor, d in report.tensors.items()}
-                found.setdefault(precision, {})[path.stem] = {
-                    "worst": max(tensors.values()), "bound": report.tolerance, "rel_l2": tensors
-                }  # fmt: skip
-        results["golden"][name] = {**found, **now}
+        for precision in ("float32", *NARROW):
+            print(f"golden cases of {engine} in {precision}", file=sys.stderr)
+            found[precision] = golden_precisions.replayed(engine, precision, ROOT / "tests" / "golden")
+        results["golden"][engine] = {**found, **now}
 
 
 TIMES = {"ancat": speech_times, "longlive": video_times, "easycontrol": image_times}

@@ -32,6 +32,13 @@ def export(
         Path | None,
         typer.Option(help="What benchmarks/precisions.py wrote. Default: what the source tree has."),
     ] = None,
+    goldens: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of golden cases to replay in this precision, minutes for all of tests/golden. "
+            "Default: what was found when --scores was written."
+        ),
+    ] = None,
     recordings: Annotated[
         Path | None,
         typer.Option(
@@ -50,12 +57,13 @@ def export(
     video, images under conditions) and on random ones at the bundle's sizes; bf16, which ONNX Runtime does
     not compute there, in a form that rounds every result to it. What the bundle scores in the
     precision (words, motion, edges), and how far golden cases of its engine are from their reference, is told
-    if that was measured. Exits with 1 if an output is further off than the report's bound.
+    if that was measured. Exits with 1 if an output or a golden case is further off than its bound.
 
     Example: realtide models export longlive-emoji --precision fp16 --out graphs
     """
     from realtide import variants
     from realtide.engines.runtime.program import ProgramError
+    from realtide.golden_precisions import exceeded, replayed
     from realtide.precision_scores import FILE, golden_of, scores_of
 
     loaded, long = loaded_bundle(bundle), PRECISIONS[precision]
@@ -68,13 +76,17 @@ def export(
         with _bars() as bar:
             found = variants.export_variant(loaded, long, directory, bar("rewriting"))
             known = scores or FILE
+            if goldens is None:
+                golden = golden_of(loaded, long, known)
+            else:
+                golden = replayed(loaded.manifest.engine, long, goldens, bar("replaying"))
             report = variants.report_variant(
                 loaded,
                 long,
                 found,
                 bar("measuring"),
                 measured=measure,
-                golden=golden_of(loaded, long, known),
+                golden=golden,
                 scores=scores_of(loaded, long, known),
                 recordings=recordings,
             )
@@ -92,6 +104,8 @@ def export(
     if report["within"] is False:
         worst = [row["program"] for row in report["programs"] if not row.get("within", True)]
         raise CommandError(f"further from float32 than {report['bound']}: {', '.join(worst)}")
+    if far := exceeded(golden):
+        raise CommandError(f"golden cases further from their reference than allowed: {', '.join(far)}")
 
 
 def build(

@@ -10,6 +10,7 @@ import pytest
 
 from realtide import variants
 from realtide.bundle import load_bundle, load_manifest
+from realtide.engines.runtime import golden
 from realtide.precision_scores import identity
 from tests.cli.conftest import ROOT, Run
 
@@ -98,6 +99,25 @@ def test_recordings_can_be_named(run: Run, tmp_path: Path) -> None:
     done = run("models", "export", video, "--precision", "fp16", "--recordings", str(own))
     told = "recordings: are for speech bundles, longlive-emoji is none"
     assert (done.code, told in done.err) == (2, True)
+
+
+def test_export_replays_golden_cases_and_fails_above_their_bound(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video, own = str(ROOT / "models" / "longlive-emoji"), tmp_path / "own"
+    own.mkdir()
+    for path in (ROOT / "tests" / "golden" / "longlive").glob("umt5_*"):
+        (own / path.name).symlink_to(path)
+    command = ("models", "export", video, "--precision", "fp16", "--no-measure", "--goldens", str(own))
+    done = run(*command, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert list(json.loads(done.out)["golden"]) == ["umt5_seed41"]
+    monkeypatch.setitem(golden.NARROW, "float16", 1e-6)
+    done = run(*command)
+    told = "golden cases further from their reference than allowed: umt5_seed41"
+    assert (done.code, done.err) == (1, f"realtide: {told}\n")
+    done = run(*command[:-1], str(tmp_path))
+    assert (done.code, "goldens: must be a directory with golden cases of longlive" in done.err) == (1, True)
 
 
 def test_export_fails_where_the_report_is_out_of_bounds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
