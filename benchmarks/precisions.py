@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ from realtide.engines.ancat.frontend import Float32
 from realtide.engines.longlive.engine import LongLiveEngine, load
 from realtide.engines.longlive.generation import VideoStream
 from realtide.engines.longlive.programs import FrameDecoder
-from realtide.engines.runtime.golden import NARROW
 from realtide.engines.runtime.program import ProgramError
 from realtide.precision_scores import FILE, entry_of, identity
 from realtide.variants import VariantError
@@ -164,14 +163,15 @@ def image_times(bundle: Path, rounds: int) -> list[dict[str, Any]]:
     return [{"what": "a step", "latents": shape, "ms_per_step": each, "int8_by_float32": ratio}]
 
 
-def golden(results: dict[str, Any], now: dict[str, str]) -> None:
-    """Replay every golden case of the engines in every precision; worst tensors into `results`."""
+def golden(results: dict[str, Any], wanted: Sequence[Precision], now: dict[str, str]) -> None:
+    """Replay every golden case of the engines in some precisions; worst tensors into `results`."""
     for engine in golden_precisions.ENGINES:
-        found: dict[str, Any] = {}
-        for precision in ("float32", *NARROW):
+        kept = results["golden"].setdefault(engine, {})
+        for precision in wanted:
             print(f"golden cases of {engine} in {precision}", file=sys.stderr)
-            found[precision] = golden_precisions.replayed(engine, precision, ROOT / "tests" / "golden")
-        results["golden"][engine] = {**found, **now}
+            found = golden_precisions.replayed(engine, precision, ROOT / "tests" / "golden")
+            assert isinstance(found, dict), found
+            kept[precision] = {**found, **now}
 
 
 TIMES = {"ancat": speech_times, "longlive": video_times, "easycontrol": image_times}
@@ -248,7 +248,7 @@ def main() -> None:
     results = {"bundles": results.get("bundles", {}), "golden": results.get("golden", {})}
     if arguments.table:
         print(precisions.table(results, PRECISIONS))
-        print(precisions.golden_table(results, ("float32", "float16", "bfloat16", "int8")), end="")
+        print(precisions.golden_table(results, PRECISIONS), end="")
         return
     for directory in arguments.bundle or sorted(path.parent for path in ROOT.glob("models/*/manifest.yaml")):
         try:
@@ -278,7 +278,7 @@ def main() -> None:
                 entry["left_out"].pop(precision, None)
         report.write(arguments.out, report.envelope("precisions", results))
     if "golden" in arguments.part:
-        golden(results, moment())
+        golden(results, arguments.precision, moment())
         report.write(arguments.out, report.envelope("precisions", results))
     print(precisions.table(results, PRECISIONS), end="")
     for name, entry in results["bundles"].items():

@@ -24,7 +24,7 @@ from realtide.engines.easycontrol.config import (
     VaeConfig,
     cache_names,
 )
-from realtide.engines.easycontrol.layout import PROGRAMS
+from realtide.engines.easycontrol.layout import PROGRAMS, TRANSFORMER
 from realtide.engines.runtime.golden import (
     Backend,
     CaseError,
@@ -75,7 +75,15 @@ def replay(
         images = -(-case["width"] // config.token_pixels) * -(-case["height"] // config.token_pixels)
         count = config.condition_tokens * (case["n_subject"] + case["n_spatial"])
         denoise, remember, weights = _programs(
-            path, config, backend, Path(graphs), device, _sizes(config, images, count), precision
+            path,
+            case,
+            tensors,
+            config,
+            backend,
+            Path(graphs),
+            device,
+            _sizes(config, images, count),
+            precision,
         )
         found, wanted = _play(path, case, tensors, config, denoise, remember, weights)
     compared = {name: difference(found[name], wanted[name]) for name in sorted(found)}
@@ -84,6 +92,8 @@ def replay(
 
 def _programs(
     path: Path,
+    case: dict[str, Any],
+    tensors: dict[str, Array],
     config: ImageConfig,
     backend: Backend,
     directory: Path,
@@ -106,9 +116,18 @@ def _programs(
     step = export.export_denoise(model, directory / "denoise.onnx")
     condition = export.export_remember(model, config, directory / "remember.onnx")
     if backend == "onnxruntime":
-        from realtide.engines.easycontrol.graphs import INT8
+        from realtide.engines.easycontrol.graphs import FP8, FP8_KEPT, INT8
+        from realtide.engines.runtime.products import Measured
 
-        rewrite((step, condition), precision, INT8)
+        if precision == "float8":
+            # Scales need an example: the case itself, in float32.
+            steps, conditions = (Measured(one, weights, {}) for one in (step, condition))
+            _play(path, case, tensors, config, steps, conditions, weights)
+            ranges = {PROGRAMS.denoise: steps.ranges, PROGRAMS.remember: conditions.ranges}
+            kept = [name.removeprefix(TRANSFORMER) for name in FP8_KEPT]
+            rewrite((step, condition), precision, FP8, ranges, kept)
+        else:
+            rewrite((step, condition), precision, INT8)
         return OrtProgram(step, weights, {}), OrtProgram(condition, weights, {}), weights
     from realtide.engines.runtime.plan_program import PlanPrograms
     from realtide.engines.runtime.plan_replay import plans_of, scratch_on

@@ -26,11 +26,12 @@ from realtide.engines.longlive.config import (
     encoder_shapes,
 )
 from realtide.engines.longlive.generation import VideoStream
-from realtide.engines.longlive.layout import DECODE, ENCODE, TEXT_GRAPH
+from realtide.engines.longlive.layout import DECODE, ENCODE, TEXT_GRAPH, TRANSFORMER
 from realtide.engines.longlive.programs import (
     FrameDecoder,
     FrameEncoder,
     HalfPrograms,
+    Passes,
     Stages,
     VideoPrograms,
 )
@@ -107,10 +108,22 @@ def _video(
     cache = _zeros({name: (rows, *shape) for name, (rows, shape) in cache_shapes(config).items()}, memory)
     if backend == "onnxruntime":
         from realtide.engines.longlive import export, onnx_programs
-        from realtide.engines.longlive.graphs import INT8
+        from realtide.engines.longlive.graphs import FP8, FP8_KEPT, INT8
+        from realtide.engines.runtime.products import Measured
 
         graphs = export.export_video(model, config, directory)
-        rewrite((graphs.prompt, graphs.denoise, graphs.clean, graphs.recache), precision, INT8)
+        paths = (graphs.prompt, graphs.denoise, graphs.clean, graphs.recache)
+        if precision == "float8":
+            # Scales need an example: the case itself, in float32.
+            measured = [Measured(one, weights, {} if one is graphs.prompt else cache) for one in paths]
+            _generated(case, tensors, config, Passes(*measured), cache, memory)
+            ranges = {one.stem: found.ranges for one, found in zip(paths, measured, strict=True)}
+            kept = [name.removeprefix(TRANSFORMER) for name in FP8_KEPT]
+            rewrite(paths, precision, FP8, ranges, kept)
+            for values in cache.values():
+                values[...] = 0
+        else:
+            rewrite(paths, precision, INT8)
         programs: VideoPrograms = onnx_programs.video_programs(graphs, weights, cache)
     elif backend == "tensorrt":
         from realtide.engines.longlive import export
@@ -119,12 +132,35 @@ def _video(
         from realtide.engines.runtime.plan_replay import plans_of, scratch_on
 
         graphs = export.export_video(model, config, directory)
-        paths = {path.stem: path for path in (graphs.prompt, graphs.denoise, graphs.clean, graphs.recache)}
-        plan_of = plans_of(paths, weights, pass_sizes(config))
+        named = {one.stem: one for one in (graphs.prompt, graphs.denoise, graphs.clean, graphs.recache)}
+        plan_of = plans_of(named, weights, pass_sizes(config))
         programs = PassPlans(plan_of, config, scratch_on(device), device).over(cache)
     else:
         model.fuse()
         programs = torch_programs.video_programs(model.to(device), config, cache, record=device != "cpu")
+    flows, latents = _generated(case, tensors, config, programs, cache, memory)
+    ordered = window.order(config.stream, case["num_frames"])
+    found: dict[str, Array] = {
+        "denoising_timesteps": warped(config.stream.steps, config.stream.shift).astype(np.float32),
+        "first_flow": flows[0][None],
+        "latents": latents[None],
+    }
+    for layer in range(config.transformer.layers):
+        for kind in ("key", "value"):
+            name = f"{kind}_{layer}"
+            found[f"kv.{layer}.{kind[0]}"] = _in_order(memory.get(cache[name]), config, ordered)
+    return found
+
+
+def _generated(
+    case: dict[str, Any],
+    tensors: dict[str, Array],
+    config: VideoConfig,
+    programs: VideoPrograms,
+    cache: dict[str, Values],
+    memory: Memory,
+) -> tuple[list[Array], Array]:
+    """Generate the case's video: the flow of every pass, and the latents [frames, C, height, width]."""
     block = config.stream.block
 
     def noise(first: int, count: int, step: int) -> NDArray[np.float32]:
@@ -142,17 +178,7 @@ def _video(
             stream.set_prompt(tensors["prompt_embeds"][switches.index(stream.frames)])
         block_latents = stream.block(lambda flow: flows.append(memory.get(flow)))
         blocks.append(memory.get(block_latents))
-    ordered = window.order(config.stream, stream.frames)
-    found: dict[str, Array] = {
-        "denoising_timesteps": warped(config.stream.steps, config.stream.shift).astype(np.float32),
-        "first_flow": flows[0][None],
-        "latents": np.concatenate(blocks)[None],
-    }
-    for layer in range(config.transformer.layers):
-        for kind in ("key", "value"):
-            name = f"{kind}_{layer}"
-            found[f"kv.{layer}.{kind[0]}"] = _in_order(memory.get(cache[name]), config, ordered)
-    return found
+    return flows, np.concatenate(blocks)
 
 
 def _in_order(cache: Array, config: VideoConfig, ordered: window.Ints) -> Array:

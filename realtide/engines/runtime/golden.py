@@ -25,9 +25,9 @@ from realtide.engines.runtime.tensor_file import TensorFile, TensorFileError
 Backend = Literal["torch", "onnxruntime", "tensorrt"]
 TOLERANCE: Mapping[Backend, float] = {"torch": 1e-5, "onnxruntime": 1e-4, "tensorrt": 1e-4}
 """Largest relative L2 difference of a tensor that passes."""
-NARROW: Mapping[Precision, float] = {"float16": 0.01, "bfloat16": 0.07, "int8": 0.09}
+NARROW: Mapping[Precision, float] = {"float16": 0.01, "bfloat16": 0.07, "int8": 0.09, "float8": 0.14}
 """The same for graphs in another precision than the reference's: twice what the worst tensor of all cases has
-(0.0046, 0.035, 0.043), when semantics are right.
+(0.0046, 0.035, 0.043, 0.068), when semantics are right.
 """
 ELSEWHERE = 1e-4
 """The same for `torch` on another device than the processor, whose kernels add up in another order."""

@@ -54,9 +54,10 @@ def test_graphs_and_plans_compute_what_the_reference_does(case: str) -> None:
         assert set(report.tensors) == CASES[case]
         assert (report.precision, report.tolerance, report.ok) == (precision, NARROW[precision], True)
         near[precision] = max(found.rel_l2 for found in report.tensors.values())
-    # Ten bits of mantissa, seven, and, where a graph has an int8 form, a scale a row.
+    # Ten bits of mantissa, seven; where products are in int8 and float8, a scale a row, and three bits.
     assert 1e-4 < near["float16"] < near["bfloat16"] / 3
     assert (near["int8"] > near["bfloat16"]) == ("latents" in CASES[case])
+    assert (near["float8"] > near["int8"] > 0.02) == ("latents" in CASES[case])
     assert devices
     assert all("execute" in device.calls for device in devices)
 
