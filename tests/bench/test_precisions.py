@@ -12,6 +12,7 @@ from realtide.bench import precisions
 from realtide.bench.precisions import ROWS, host_bundle, table
 from realtide.bundle import Precision, load_bundle, verify
 from realtide.engines.longlive.engine import load
+from realtide.golden_precisions import exceeded
 from realtide.precision_scores import FILE, entry_of
 from tests.engines.longlive.test_engine import OPTIONS, run
 
