@@ -1,21 +1,23 @@
 """Makes the bundle's recipe importable: its scripts are plain modules that import each other as siblings."""
 
-import importlib
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.models.recipes import Recipe, importable
 
 RECIPE = Path(__file__).parents[2] / "models" / "ancat-commands-en" / "recipe"
 CLIPS = Path(__file__).parents[1] / "data" / "audio"
 
 
 @pytest.fixture
-def recipe(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """Import a module of the recipe by name; the import path is as before after the test."""
-    monkeypatch.syspath_prepend(RECIPE)
-    return importlib.import_module
+def recipe() -> Iterator[Recipe]:
+    """Import a module of the recipe by name."""
+    with importable(RECIPE) as found:
+        yield found
 
 
 @pytest.fixture
