@@ -12,6 +12,7 @@ from realtide.bench import precisions
 from realtide.bench.precisions import ROWS, host_bundle, table
 from realtide.bundle import Precision, load_bundle, verify
 from realtide.engines.longlive.engine import load
+from realtide.engines.runtime.golden import NARROW
 from realtide.golden_precisions import exceeded
 from realtide.precision_scores import FILE, entry_of
 from tests.engines.longlive.test_engine import OPTIONS, run
@@ -61,7 +62,7 @@ def test_what_is_committed_is_of_the_bundles_here_and_stands_in_the_documentatio
                     value = value[key]
                 assert isinstance(value, float), (name, place)
     for engine in ("easycontrol", "longlive"):
-        for found in (results["golden"][engine][name] for name in ("float32", "float16", "bfloat16", "int8")):
+        for found in (results["golden"][engine][name] for name in ("float32", *NARROW)):
             assert exceeded(found) == []
     columns = ("float32", "int8", "float16", "bfloat16", "float8")
     text = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
