@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,7 +99,11 @@ def command(
     ] = 100.0,
     trial_seconds: Annotated[
         float, typer.Option(min=1.0, help="Window of a search's trials.", rich_help_panel=_SEARCH)
-    ] = 10.0,
+    ] = 5.0,
+    trials: Annotated[
+        int,
+        typer.Option(min=1, help="Trials that count, after those that come near.", rich_help_panel=_SEARCH),
+    ] = 16,
     max_streams: Annotated[
         int, typer.Option(min=1, max=4096, help="Most streams to try.", rich_help_panel=_SEARCH)
     ] = 256,
@@ -114,7 +119,7 @@ def command(
     The delay of a chunk runs from the moment its last sample was spoken until every encoder frame that it
     completed has been recognized; docs/benchmarks.md says exactly how it is seen. --search finds the most
     streams whose p99 stays under the limit, the load generator on the same cores; --compare does so with and
-    without the server.
+    without the server, a trial of each in turn (10 to 15 minutes).
 
     Example: realtide bench speech --streams 16 --json
 
@@ -148,7 +153,7 @@ def command(
         lookahead_bias=lookahead_bias,
         max_lookahead_ms=max_lookahead_ms,
     )
-    bench = Bench(plan, limit_ms, trial_seconds, max_streams, search or compare)
+    bench = Bench(plan, limit_ms, trial_seconds, trials, max_streams, search or compare)
     chosen = [f"precision={precision}"] if precision else []
     found = asyncio.run(
         bench.run(
@@ -211,6 +216,7 @@ class Bench:
     plan: Plan
     limit_ms: float
     trial_seconds: float
+    trials: int
     max_streams: int
     search: bool
     console: Console = field(init=False)
@@ -221,54 +227,70 @@ class Bench:
         self.console = Console(stderr=True)
 
     async def run(self, served: Target | None, alone: str | None) -> dict[str, Any]:
-        """Results under "served", "alone", and "served_by_alone" if there are both. Raises CommandError."""
+        """Results under "served" and "alone"; of a search for both "served_by_alone". Raises CommandError."""
         from realtide.bench import child
         from realtide.bench.served import trial
 
-        found: dict[str, Any] = {}
-        if served is not None:
-            async with served.running(self.max_streams if self.search else self.plan.streams) as (where, url):
-                found["served"] = await self._measure(
-                    "served", lambda plan: trial(replace(plan, address=where), url)
+        async def nothing(name: str, pid: int) -> None:
+            pass
+
+        ways: dict[str, Measure] = {}
+        async with contextlib.AsyncExitStack() as stack:
+            if served is not None:
+                slots = self.max_streams if self.search else self.plan.streams
+                where, url = await stack.enter_async_context(served.running(slots))
+                ways["served"] = lambda plan: trial(replace(plan, address=where), url)
+            if alone is not None:
+                ways["alone"] = lambda plan: child.run(
+                    "realtide.bench.engine_load", replace(plan, bundle=alone), nothing
                 )
-        if alone is not None:
+            if not self.search:
+                return {name: await self._once(name, measure, self.plan) for name, measure in ways.items()}
+            return await self._search(ways)
 
-            async def nothing(name: str, pid: int) -> None:
-                pass
+    async def _search(self, ways: dict[str, Measure]) -> dict[str, Any]:
+        """Staircases of which each takes a trial in turn; then the number that each holds for longer."""
+        from realtide.bench.search import Staircase, again, confirmed
 
-            found["alone"] = await self._measure(
-                "alone",
-                lambda plan: child.run("realtide.bench.engine_load", replace(plan, bundle=alone), nothing),
-            )
-        if "served" in found and "alone" in found and found["alone"]["streams"]:
-            found["served_by_alone"] = round(found["served"]["streams"] / found["alone"]["streams"], 3)
-        return found
+        stairs = {name: Staircase(self.plan.streams, self.max_streams) for name in ways}
+        tried: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
 
-    async def _measure(self, name: str, measure: Measure) -> dict[str, Any]:
-        from realtide.bench.search import again, confirmed, largest
-
-        if not self.search:
-            return await self._once(name, measure, self.plan)
-        trials: list[dict[str, Any]] = []
-
-        async def passes(streams: int, seconds: float) -> bool:
+        async def passes(name: str, streams: int, seconds: float) -> bool:
             plan = replace(self.plan, streams=streams, seconds=seconds)
             try:
-                result = await self._once(name, measure, plan)
+                result = await self._once(name, ways[name], plan)
             except CommandError as error:
                 if streams == 1:
                     raise
                 result = {"streams": streams, "error": str(error)}
             result["seconds"] = seconds
             result["passed"] = verdict(result, self.limit_ms)
-            trials.append(result)
+            tried[name].append(result)
             return bool(result["passed"])
 
-        short = again(lambda n: passes(n, self.trial_seconds))
-        found = await largest(short, self.plan.streams, self.max_streams)
-        best = await confirmed(again(lambda n: passes(n, self.plan.seconds)), found)
-        at_best = trials[-1] if best else None
-        return {"streams": best, "at_most": self.max_streams, "result": at_best, "trials": trials}
+        while any(stair.counted < self.trials for stair in stairs.values()):
+            for name, stair in stairs.items():
+                stair.tell(await passes(name, stair.streams, self.trial_seconds))
+        found: dict[str, Any] = {}
+        for name, stair in stairs.items():
+            estimate = stair.estimate()
+            held = again(partial(passes, name, seconds=self.plan.seconds))
+            best = await confirmed(held, round(estimate.streams))
+            found[name] = {
+                "streams": best,
+                "half_pass": {
+                    "streams": round(estimate.streams, 1),
+                    "standard_error": round(estimate.error, 1),
+                    "trials": estimate.trials,
+                },
+                "at_most": self.max_streams,
+                "result": tried[name][-1] if best else None,
+                "trials": tried[name],
+            }
+        if len(found) == 2:
+            half = {name: one["half_pass"]["streams"] for name, one in found.items()}
+            found["served_by_alone"] = round(half["served"] / half["alone"], 3)
+        return found
 
     async def _once(self, name: str, measure: Measure, plan: Plan) -> dict[str, Any]:
         """One load, with a progress bar."""
@@ -308,7 +330,11 @@ def lines(result: dict[str, Any]) -> list[str]:
             continue
         found = result[name]
         if "trials" in found:
-            text.append(f"{name}: {found['streams']} streams with p99 under {result['limit_ms']:g} ms")
+            half = found["half_pass"]
+            text.append(
+                f"{name}: {found['streams']} streams with p99 under {result['limit_ms']:g} ms; half of the "
+                f"trials pass with {half['streams']} (standard error at least {half['standard_error']})"
+            )
             found = found["result"]
             if found is None:
                 continue
@@ -329,5 +355,5 @@ def lines(result: dict[str, Any]) -> list[str]:
                 f"{own['resident_bytes'] / 1e6:.0f} MB resident"
             )
     if "served_by_alone" in result:
-        text.append(f"served by alone: {result['served_by_alone']}")
+        text.append(f"served by alone, where half of the trials pass: {result['served_by_alone']}")
     return text

@@ -12,7 +12,7 @@ import pytest
 from realtide.bench import audio, child, client_load, plan
 from realtide.bench.plan import Plan
 from realtide.bench.served import trial
-from realtide.bench.speech import Bench, lines, verdict
+from realtide.bench.speech import Bench, Measure, lines, verdict
 from realtide.cli.errors import CommandError
 from realtide.cli.own_server import own_server
 from realtide_client.v1 import speech_pb2 as pb
@@ -134,21 +134,45 @@ def test_a_search_that_was_refused_counts_as_not_held() -> None:
     assert not verdict({"streams": 9, "error": "RESOURCE_EXHAUSTED"}, 100.0)
 
 
-async def test_a_search_keeps_every_trial_and_confirms_the_best() -> None:
-    bench = Bench(load(streams=2), 100.0, 1.0, 8, search=True)
-    asked: list[tuple[int, float]] = []
+async def test_a_search_takes_turns_keeps_every_trial_and_confirms_the_best() -> None:
+    bench = Bench(load(streams=2), 100.0, 1.0, 4, 64, search=True)
+    asked: list[tuple[str, int, float]] = []
 
-    async def measure(given: Plan) -> dict[str, Any]:
-        asked.append((given.streams, given.seconds))
-        delay = {"p50_ms": 1.0, "p95_ms": 2.0, "p99_ms": 20.0 * given.streams, "count": 10}
-        return {"streams": given.streams, "processing_delay": delay}
+    def measure(name: str, cost: float) -> Measure:
+        async def measured(given: Plan) -> dict[str, Any]:
+            asked.append((name, given.streams, given.seconds))
+            delay = {"p50_ms": 1.0, "p95_ms": 2.0, "p99_ms": cost * given.streams, "count": 10}
+            return {"streams": given.streams, "processing_delay": delay}
 
-    found = await bench._measure("alone", measure)
-    assert found["streams"] == 4
-    assert found["result"]["processing_delay"]["p99_ms"] == 80.0
-    assert asked[-1] == (4, 2.0), "the last trial has the full length"
-    assert [one["streams"] for one in found["trials"]] == [streams for streams, _ in asked]
-    assert {one["seconds"] for one in found["trials"][:-1]} == {1.0}
+        return measured
+
+    found = await bench._search({"served": measure("served", 2.5), "alone": measure("alone", 2.0)})
+    short = [name for name, _, seconds in asked if seconds == 1.0]
+    assert short == ["served", "alone"] * (len(short) // 2)
+    assert found["served"]["half_pass"]["streams"] == pytest.approx(40, rel=0.05)
+    assert found["alone"]["half_pass"]["streams"] == pytest.approx(50, rel=0.05)
+    assert found["served_by_alone"] == pytest.approx(0.8, rel=0.05)
+    for name, limit in (("served", 40), ("alone", 50)):
+        one = found[name]
+        assert one["streams"] == pytest.approx(limit - 1, abs=1.5)
+        assert one["half_pass"]["trials"] >= 4
+        assert one["result"] == one["trials"][-1]
+        assert (one["result"]["streams"], one["result"]["seconds"]) == (one["streams"], 2.0)
+        assert [(name, t["streams"], t["seconds"]) for t in one["trials"]] == [
+            trial for trial in asked if trial[0] == name
+        ]
+    text = lines({"alone": found["alone"], "limit_ms": 100.0})
+    assert any("half of the trials pass" in line for line in text)
+
+
+async def test_a_search_whose_single_stream_is_refused_says_why() -> None:
+    bench = Bench(load(streams=2), 100.0, 1.0, 4, 64, search=True)
+
+    async def refused(given: Plan) -> dict[str, Any]:
+        raise CommandError("no slot")
+
+    with pytest.raises(CommandError, match="no slot"):
+        await bench._search({"served": refused})
 
 
 def test_the_command_prints_a_result_that_says_all(tiny: Tiny, run: Run, tmp_path: Path) -> None:
