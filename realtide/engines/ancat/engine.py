@@ -203,9 +203,25 @@ class AncatEngine:
         return None
 
     def step(self, sessions: Sequence[SpeechSession], on_stage: StageTimer) -> list[list[SpeechEvent]]:
-        """Advance sessions by what is complete; see `engine.Engine.step`."""
+        """Advance sessions by what is complete; see `engine.Engine.step`.
+
+        Whoever is in a step that raises is lost if it had taken input: the state may hold a part of it.
+        """
+        works: list[Work] = []
+        try:
+            return self._step(sessions, works, on_stage)
+        except Exception as error:
+            for session, _ in zip(sessions, works, strict=False):
+                session.lose(error)
+            raise
+
+    def _step(
+        self, sessions: Sequence[SpeechSession], works: list[Work], on_stage: StageTimer
+    ) -> list[list[SpeechEvent]]:
+        """A step; `works` is filled with what it takes."""
         begun = time.perf_counter()
-        works = [session.take() for session in sessions]
+        for session in sessions:
+            works.append(session.take())
         windows = self._features.windows([work.drawn for work in works])
         frames = [(i, work.first + k) for i, work in enumerate(works) for k in range(work.frames)]
         stream, position = np.array(frames, np.int64).reshape(-1, 2).T.copy()

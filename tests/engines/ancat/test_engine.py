@@ -21,6 +21,7 @@ from realtide.engines.ancat.offline import encode, hard_arcs
 from realtide.engines.ancat.session import SpeechSession
 from realtide.engines.ancat.types import Audio, EndpointRules, Flush, SpeechInput, SpeechOptions
 from realtide.engines.engine import SlotsExhausted
+from realtide.engines.runtime.program import ProgramError
 from tests.engines.ancat.conftest import Clip, SmallBundle
 from tests.engines.ancat.oracle import Dial, Oracle
 from tests.engines.ancat.playing import CHUNKS, Heard, Room, ignore, whole
@@ -247,6 +248,39 @@ def test_a_failure_in_opening_leaks_no_slot(
         assert engine.free_slots == 1
     engine.open(SpeechOptions()).close()
     assert engine._pool.leaked_total == 1  # the one session that this test itself dropped, none of the failed
+
+
+def test_a_step_that_breaks_loses_who_was_in_it_and_says_so(
+    room: Room, clips: dict[str, Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames that the encoder never saw must not be missing in silence."""
+    engine, clip = room.engine, clips["coffee-mocha"]
+    broken, other = (engine.open(options(clip)) for _ in range(2))
+    sound = Audio(clip.samples[: clip.rate], 0.0)
+    for session in (broken, other):
+        session.push(sound)
+
+    class Breaking:
+        def run(self, feeds: object) -> dict[str, np.ndarray]:
+            raise ProgramError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_encoder", Breaking())
+        with pytest.raises(ProgramError, match="no memory"):
+            engine.step([broken], ignore)
+    # It asks for a step, which says why it is lost, as often as it is asked.
+    for _ in range(2):
+        assert broken.runnable()
+        with pytest.raises(ProgramError, match="no memory"):
+            engine.step([broken], ignore)
+        with pytest.raises(ProgramError, match="no memory"):
+            broken.export()
+        broken.push(sound)
+    room.drain(other)
+    assert other.backlog() == 0
+    for session in (broken, other):
+        session.close()
+        assert not session.runnable()
 
 
 def test_a_step_tells_how_long_its_stages_took(room: Room, clips: dict[str, Clip]) -> None:
