@@ -239,7 +239,13 @@ class Bench:
             if served is not None:
                 slots = self.max_streams if self.search else self.plan.streams
                 where, url = await stack.enter_async_context(served.running(slots))
-                ways["served"] = lambda plan: trial(replace(plan, address=where), url)
+
+                def sent(given: Plan) -> Awaitable[dict[str, Any]]:
+                    # A scrape is work for the server: a search's trials, which are short, go without.
+                    whole = given.seconds == self.plan.seconds
+                    return trial(replace(given, address=where), url if whole else None)
+
+                ways["served"] = sent
             if alone is not None:
                 ways["alone"] = lambda plan: child.run(
                     "realtide.bench.engine_load", replace(plan, bundle=alone), nothing
