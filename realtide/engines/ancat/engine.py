@@ -205,14 +205,18 @@ class AncatEngine:
     def step(self, sessions: Sequence[SpeechSession], on_stage: StageTimer) -> list[list[SpeechEvent]]:
         """Advance sessions by what is complete; see `engine.Engine.step`.
 
-        Whoever is in a step that raises is lost if it had taken input: the state may hold a part of it.
+        Whoever is in a step that raises is lost if it had taken input: the state may hold a part of it. A
+        further step with such a session raises the same, before anybody's input is taken.
         """
+        for session in sessions:
+            if session.lost is not None:
+                raise session.lost
         works: list[Work] = []
         try:
             return self._step(sessions, works, on_stage)
         except Exception as error:
             for session, _ in zip(sessions, works, strict=False):
-                session.lose(error)
+                session.lost = error
             raise
 
     def _step(

@@ -96,7 +96,7 @@ class SpeechSession:
         self._held: deque[SpeechInput] = deque()
         self._finishing = False
         self._finished = False
-        self._lost: Exception | None = None  # what a step failed with after it had taken input
+        self.lost: Exception | None = None  # what a step failed with after it had taken input
         self._waiting_since: float | None = None
         self._last_received = 0.0
         self._silence = 0  # samples that flushes inserted and the decoder has been told of
@@ -152,7 +152,7 @@ class SpeechSession:
         """True if frames are complete, a flush or finish is due, or there is a failure to be told of."""
         if not self._lease.held or self._finished:
             return False
-        return self._frontend.frames_ready > 0 or bool(self._due) or self._lost is not None
+        return self._frontend.frames_ready > 0 or bool(self._due) or self.lost is not None
 
     def full(self) -> bool:
         """True if more audio is of no use for the coming step, or is ahead of the clock and can wait.
@@ -177,12 +177,7 @@ class SpeechSession:
         return since + self._budget
 
     def take(self) -> Work:
-        """What is ready for the coming step, at most `step_frames` frames, none beyond the next control.
-
-        Raises whatever a step of the session failed with before: it has missed frames.
-        """
-        if self._lost is not None:
-            raise self._lost
+        """What is ready for the coming step, at most `step_frames` frames, none beyond the next control."""
         limit = self._step_frames
         first = self._frontend.frames_taken
         due = self._due[0] if self._due else None
@@ -204,10 +199,6 @@ class SpeechSession:
         self.decode.audio_end = self._frontend.samples_pushed / rate
         self._waiting_since = self._last_received if self._frontend.frames_ready else None
         return Work(drawn, first, ending)
-
-    def lose(self, error: Exception) -> None:
-        """A step that had taken input failed with `error`: no further one can be right."""
-        self._lost = error
 
     def ended(self, work: Work) -> list[SpeechEvent]:
         """The step with `work` is over: apply what was due after it. Returns receipts."""
@@ -255,8 +246,8 @@ class SpeechSession:
         """
         if not self._lease.held:
             raise ValueError("the session is closed")
-        if self._lost is not None:
-            raise self._lost
+        if self.lost is not None:
+            raise self.lost
         front = self._frontend.export()
         tensors = {f"front.{name}": value for name, value in front.items() if isinstance(value, np.ndarray)}
         tensors["rows"] = np.frombuffer(self._rows.export(self.slot), np.uint8)

@@ -272,10 +272,11 @@ def test_a_step_that_breaks_loses_who_was_in_it_and_says_so(
     for _ in range(2):
         assert broken.runnable()
         with pytest.raises(ProgramError, match="no memory"):
-            engine.step([broken], ignore)
+            engine.step([other, broken], ignore)
         with pytest.raises(ProgramError, match="no memory"):
             broken.export()
         broken.push(sound)
+    assert other.backlog() > 0, "who was not in the step has lost nothing"
     room.drain(other)
     assert other.backlog() == 0
     for session in (broken, other):
