@@ -41,6 +41,23 @@ def run(engine: LongLiveEngine, sessions: list[VideoSession]) -> list[list[np.nd
     return frames
 
 
+def levels_apart(wide: LongLiveEngine, narrow: LongLiveEngine) -> float:
+    """Mean distance of the same short video by two engines, in levels of 255; closes both.
+
+    The narrow one's caches must take half of the memory.
+    """
+    assert narrow.cache_bytes * 2 == wide.cache_bytes
+    width, height = wide.info.sizes[0]
+    options = VideoOptions("a yellow face", width, height, 16.0, seed=3, length=9, credit=9)
+    frames = []
+    for engine in (wide, narrow):
+        session = engine.open(options)
+        frames.append(np.stack(run(engine, [session])[0]))
+        session.close()
+        engine.close()
+    return float(np.abs(frames[0] - frames[1]).mean())
+
+
 def test_graphs_and_modules_make_the_same_video_also_with_one_cache_for_two(bundle: Path) -> None:
     results = []
     for backend, resident in (("torch", None), ("onnxruntime", None), ("onnxruntime", 1)):
