@@ -131,7 +131,8 @@ class ScriptedVideo(video_pb2_grpc.VideoServicer, models_pb2_grpc.ModelsServicer
         try:
             async for response in self._run(state, call, context):
                 yield response
-            outcome = "ok"
+            # A cancelled call may look as if its client had closed its side: reading ends either way.
+            outcome = "cancelled" if context.cancelled() else "ok"
         finally:
             reading.cancel()
             self.ended.append(outcome)
