@@ -138,9 +138,11 @@ class Executor:
         try:
             while not self._stopping:
                 self._receive()
+                # What came without a step does not wait for one.
+                self._hand_over()
                 if self._ready:
                     self._step(self._choose())
-                self._hand_over()
+                    self._hand_over()
         except Exception as error:
             log.critical("executor failed", exc_info=True, extra={"model": self.engine.model})
             self.failed = True

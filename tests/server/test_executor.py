@@ -337,6 +337,27 @@ async def test_a_control_keeps_its_place_behind_media_that_waits() -> None:
         assert json.loads(exported.event.state)["state"]["frames"] == 5
 
 
+async def test_what_needs_no_step_does_not_wait_for_one() -> None:
+    gate = threading.Event()
+    engine = BurstEngine(gate=gate)
+    async with rig(engine) as made:
+        handle = await made.open()
+        other = await made.open("other")
+        await held_up(engine, made)
+        # Both are in the mail when the step that is held up ends: a control, and work for another step.
+        await handle.put(types.SetInterim("off", enabled=False))
+        await put(other, quiet(0.04))
+        engine.at_gate = False
+        engine.gate = threading.Event()
+        gate.set()
+        await until(lambda: engine.at_gate)
+        async with asyncio.timeout(5):
+            applied = (await handle.get()).event
+        assert isinstance(applied, types.Applied)
+        assert other.session is not None
+        assert other.session.runnable()  # its step is still to come
+
+
 async def test_input_waits_when_too_much_is_queued() -> None:
     gate = threading.Event()
     engine = BurstEngine(gate=gate)
