@@ -1,9 +1,9 @@
 """Memory of a server: with the bundle loaded, and what each open stream adds.
 
-A fresh server process; its resident memory (all of it, shared libraries included, from /proc) is read when it
-is healthy, after one stream has run to its end (what a first stream allocates once), and while N streams are
-open and sending real recordings at the pace of speech, every second until they end. What a stream adds is the
-highest of those readings less the one before them, by N.
+A fresh server; the resident memory of its process and of its executor's (all of it, from /proc; libraries
+that both have count twice) is read when it is healthy, after one stream has run to its end (what a first
+stream allocates once), and while N streams are open and sending real recordings at the pace of speech, every
+second until they end. What a stream adds is the highest of those readings less the one before them, by N.
 
     python benchmarks/memory.py --bundle BUNDLE [--streams 64] [--seconds 20] [--out FILE]
 """
@@ -42,7 +42,8 @@ async def measure(bundle: Path, streams: int, seconds: float, settings: list[str
             pass
 
         def resident() -> int:
-            return int(process.memory_info().rss)
+            children = process.children(recursive=True)
+            return sum(int(one.memory_info().rss) for one in (process, *children))
 
         loaded = resident()
         await child.run("realtide.bench.client_load", plan(1, 5.0), nothing)

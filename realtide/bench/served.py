@@ -49,8 +49,8 @@ def server_view(before: Reading, after: Reading, seconds: float) -> dict[str, An
     """What the server says of the window between two readings `seconds` apart.
 
     Percentiles are interpolated in the buckets of its histograms. `real_time_factor` is the processor time of
-    the whole process by seconds of audio received; `executor_share` the part of the time in which an executor
-    was in a step.
+    the server and its executors' processes by seconds of audio received; `executor_share` the part of the
+    time in which an executor was in a step.
     """
 
     def gained(name: str, **labels: str) -> Gained:
@@ -61,7 +61,7 @@ def server_view(before: Reading, after: Reading, seconds: float) -> dict[str, An
 
     batch = gained("step_batch_size")
     audio = difference("realtide_audio_seconds_total")
-    cpu = difference("process_cpu_seconds_total")
+    cpu = difference("process_cpu_seconds_total") + difference("realtide_executor_process_cpu_seconds_total")
     stages = {
         stage: gained("step_seconds", stage=stage)
         for stage in after.values("realtide_step_seconds_count", "stage")
@@ -71,7 +71,10 @@ def server_view(before: Reading, after: Reading, seconds: float) -> dict[str, An
         "cpu_seconds": round(cpu, 3),
         "real_time_factor": round(cpu / audio, 5) if audio else None,
         "executor_share": round(sum(stage.sum for stage in stages.values()) / seconds, 4),
-        "resident_bytes": int(after.total("process_resident_memory_bytes")),
+        "resident_bytes": int(
+            after.total("process_resident_memory_bytes")
+            + after.total("realtide_executor_process_resident_bytes")
+        ),
         "deadline_misses": int(difference("realtide_deadline_misses_total")),
         "mean_batch": batch.mean,
         "step": {stage: histogram.summary() for stage, histogram in stages.items()},

@@ -49,7 +49,7 @@ _IMAGE: _Figures = (
 _BOTH: _Figures = (
     ("realtide_session_capacity", {}, "slots"),
     ("realtide_slots_leaked", {}, "slots leaked"),
-    ("process_resident_memory_bytes", {}, "resident memory, bytes"),
+    ("realtide_device_memory_bytes", {"kind": "host_resident"}, "resident memory, bytes"),
 )
 # Means of histograms.
 _HISTOGRAMS = (

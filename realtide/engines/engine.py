@@ -10,6 +10,7 @@ inputs and events are the engine's own plain dataclasses, which the server's ser
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -19,6 +20,29 @@ class SlotsExhausted(Exception):
 
 class CheckpointMismatch(Exception):
     """A checkpoint was made by another model or format version, or is damaged; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Opens a session; to be called where the engine is."""
+
+    options: Any
+
+    def __call__(self, engine: Engine) -> Session:
+        """See `Engine.open`."""
+        return engine.open(self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Restoring:
+    """Continues an exported session; to be called where the engine is."""
+
+    checkpoint: bytes
+    options: Any
+
+    def __call__(self, engine: Engine) -> Session:
+        """See `Engine.restore`."""
+        return engine.restore(self.checkpoint, self.options)
 
 
 class Session(Protocol):

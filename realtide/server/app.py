@@ -22,15 +22,26 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 import realtide
-from realtide.server import image_service, logs, models, models_service, speech_service, tls, video_service
+from realtide.server import (
+    image_service,
+    logs,
+    models,
+    models_service,
+    processors,
+    speech_service,
+    tls,
+    video_service,
+)
 from realtide.server.access import Access, AccessInterceptor
 from realtide.server.config import ConfigError, ServerConfig
+from realtide.server.engine_process import GC_THRESHOLDS
 from realtide.server.health import HealthReporter
 from realtide.server.host import Host
 from realtide.server.interceptor import MetricsInterceptor
 from realtide.server.loading import Loaded, load_engines
 from realtide.server.metrics import Metrics
 from realtide.server.models import AnyEngine
+from realtide.server.remote import RemoteExecutor
 from realtide.server.runtimes import Choice
 from realtide.server.turns import TurnSelector
 from realtide_client.v1 import image_pb2_grpc, models_pb2_grpc, speech_pb2_grpc, video_pb2_grpc
@@ -41,7 +52,6 @@ _LAG_INTERVAL = 0.05
 _SWITCH_INTERVAL = 0.0001
 _DRAIN_POLL = 0.02
 _LONG = 1e6
-_GC_THRESHOLDS = (10_000, 10, 10)  # a message makes a dozen objects that the collector counts
 # Time in milliseconds that a connection has for its handshake, and that it may stay without a call.
 _HANDSHAKE, _IDLE_CONNECTION = 10_000, 600_000
 
@@ -120,6 +130,13 @@ class Server:
         log.info("ready", extra=self.ready())
         if self.config.port_file is not None:
             _write(self.config.port_file, json.dumps(self.ready()))
+
+    def processors_of_others(self) -> int:
+        """Processors that executors in processes of their own keep busy; 0 if this process computes too."""
+        executors = [executor for model in self.host.models.values() for executor in model.executors]
+        if not all(isinstance(executor, RemoteExecutor) for executor in executors):
+            return 0
+        return len(executors) * self.config.ort_threads
 
     @property
     def loaded(self) -> bool:
@@ -302,6 +319,7 @@ async def serve(config: ServerConfig, engines: Sequence[AnyEngine] | None = None
         # milliseconds in which nothing else runs.
         gc.collect()
         gc.freeze()
+        processors.leave(server.processors_of_others())
         sys.stdout.write(json.dumps(server.ready()) + "\n")
         sys.stdout.flush()
         await asked.wait()
@@ -321,7 +339,7 @@ def run(config: ServerConfig) -> None:
     # Executor and event loop share the interpreter's lock. Who wants it back may wait as long as this, and
     # the executor wants it back after every graph (docs/server.md has what it gains).
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    gc.set_threshold(*_GC_THRESHOLDS)
+    gc.set_threshold(*GC_THRESHOLDS)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(TurnSelector())) as runner:
         runner.run(serve(config))
 

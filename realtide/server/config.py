@@ -85,8 +85,9 @@ class ModelConfig(BaseModel):
     slots: int | None = Field(None, ge=1, le=4096, description="Sessions that can be open at once.")
     max_batch: int | None = Field(None, ge=1, le=4096, description="Most sessions that one step advances.")
     precision: Arithmetic | None = Field(None, description="Arithmetic of the weights.")
-    executors: int | None = Field(
-        None, ge=1, le=64, description="Executor threads, each with an engine of its own."
+    executors: int | None = Field(None, ge=1, le=64, description="Executors, each with an engine of its own.")
+    executor_processes: bool | None = Field(
+        None, description="Whether its executors are processes of their own."
     )
     resident: int | None = Field(
         None, ge=1, le=4096, description="Video sessions whose caches are in memory; further ones are parked."
@@ -182,8 +183,11 @@ class ServerConfig(BaseModel):
         description="Have PyTorch compile what it runs most (torch.compile), which takes minutes while a "
         "bundle is loaded; on a processor a C++ compiler is needed.",
     )
-    executors: int = Field(
-        1, ge=1, le=64, description="Executor threads per model, each with an engine of its own."
+    executors: int = Field(1, ge=1, le=64, description="Executors per model, each with an engine of its own.")
+    executor_processes: bool | None = Field(
+        None,
+        description="Whether executors of speech models on a processor are processes of their own and not "
+        "threads; None: where the server may use two processors or more.",
     )
     ort_threads: int = Field(1, ge=1, le=64, description="Threads inside one ONNX Runtime step.")
 

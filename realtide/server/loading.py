@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import yaml
 from realtide.bundle import PRECISIONS, BundleError, gpu_precision, load_bundle, resolve
 from realtide.engines.runtime.program import ProgramError
 from realtide.engines.runtime.tensorrt import PlanOf
-from realtide.server import runtimes
+from realtide.server import processors, runtimes
 from realtide.server.config import ConfigError, ModelConfig, ServerConfig
+from realtide.server.engine_process import Load
 from realtide.server.models import AnyEngine
+from realtide.server.remote import RemoteEngine
 from realtide.server.runtimes import BACKENDS, Choice, Passed, Runtime
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ ENGINES = {
 }
 # Engines whose sessions are so large that a model has `video_slots` instead of `slots`.
 _LARGE = ("longlive",)
+# Engines that work in steps only, nothing beside them: their executors can be processes.
+_STEPS_ONLY = ("ancat",)
 # Engines with a cache of conditions, of which executors get a share each.
 _CACHED = ("easycontrol",)
 
@@ -79,7 +83,6 @@ def _load(bundle: Path, model: ModelConfig, config: ServerConfig) -> Loaded:
 def _made(
     bundle: Path, name: str, runtime: Runtime, model: ModelConfig, config: ServerConfig
 ) -> list[AnyEngine]:
-    load: Callable[..., AnyEngine] = importlib.import_module(ENGINES[name]).load
     slots = model.slots or (config.video_slots if name in _LARGE else config.slots)
     executors = min(model.executors or config.executors, slots)
     shares = [slots // executors + (index < slots % executors) for index in range(executors)]
@@ -96,19 +99,49 @@ def _made(
     if name in _CACHED:
         budget = model.cache_bytes or config.image_cache_bytes
         more["cache_bytes"] = budget and budget // executors
-    return [
-        load(
-            bundle,
+    arguments = [
+        {
             **more,
-            slots=share,
-            max_batch=min(model.max_batch or config.max_batch or share, share),
-            precision=model.precision or config.precision,
-            threads=config.ort_threads,
-            step_latency=config.step_latency,
-            backend=backend,
-        )
+            "slots": share,
+            "max_batch": min(model.max_batch or config.max_batch or share, share),
+            "precision": model.precision or config.precision,
+            "threads": config.ort_threads,
+            "step_latency": config.step_latency,
+            "backend": backend,
+        }
         for share in shares
     ]
+    if _in_processes(name, device, model, config):
+        return _remote(
+            [Load(ENGINES[name], bundle, given, config.log_level, config.log_format) for given in arguments]
+        )
+    load: Callable[..., AnyEngine] = importlib.import_module(ENGINES[name]).load
+    return [load(bundle, **given) for given in arguments]
+
+
+def _in_processes(engine: str, device: str, model: ModelConfig, config: ServerConfig) -> bool:
+    """Whether executors are to be processes. Raises BundleError if they are asked for and cannot be."""
+    possible = engine in _STEPS_ONLY and device == "cpu"
+    if model.executor_processes and not possible:
+        raise BundleError(
+            f"{model.bundle}: executor_processes: only executors of speech models on a processor can be "
+            f"processes, not of {engine} on {device}"
+        )
+    wanted = config.executor_processes if model.executor_processes is None else model.executor_processes
+    return possible and (processors.usable() > 1 if wanted is None else wanted)
+
+
+def _remote(loads: Sequence[Load]) -> list[AnyEngine]:
+    engines: list[AnyEngine] = []
+    try:
+        for load in loads:
+            engines.append(RemoteEngine(load))
+    except BaseException:
+        for engine in engines:
+            if isinstance(engine, RemoteEngine):
+                engine.end()
+        raise
+    return engines
 
 
 def _plans(bundle: Path, model: ModelConfig, config: ServerConfig, max_batch: int) -> PlanOf:

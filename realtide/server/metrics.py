@@ -7,6 +7,7 @@ session id, a text or a client's address.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import threading
@@ -16,8 +17,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -108,6 +110,7 @@ class Occupancy:
     capacity: int  # slots
     leaked: int  # slots that are taken though no session holds them
     cache_bytes: int  # preallocated state of all slots
+    processes: tuple[int, ...] = ()  # process ids of the executors that are processes of their own
     # Frames per second of an active session, by stage; empty without one.
     frame_rates: Mapping[str, float] = field(default_factory=dict)
 
@@ -130,8 +133,21 @@ class _AtScrape(Collector):
         rates = GaugeMetricFamily(
             "realtide_fps", "Frames per second of an active session.", labels=(*_MODEL, "stage")
         )
+        resident = GaugeMetricFamily(
+            "realtide_executor_process_resident_bytes",
+            "Resident memory of executors in processes of their own.",
+            labels=_MODEL,
+        )
+        cpu = CounterMetricFamily(
+            "realtide_executor_process_cpu_seconds", "Processor time of the same.", labels=_MODEL
+        )
+        elsewhere = 0
         for labels, read in list(self.sources.items()):
             now = read()
+            used, seconds = _usage(now.processes)
+            elsewhere += used
+            resident.add_metric(labels, used)
+            cpu.add_metric(labels, seconds)
             for state in ("active", "queued", "parked"):
                 sessions.add_metric((*labels, state), getattr(now, state))
             capacity.add_metric(labels, now.capacity)
@@ -142,10 +158,10 @@ class _AtScrape(Collector):
         memory = GaugeMetricFamily(
             "realtide_device_memory_bytes", "Memory in use, by kind.", labels=("kind",)
         )
-        memory.add_metric(("host_resident",), resident_bytes())
+        memory.add_metric(("host_resident",), resident_bytes() + elsewhere)
         for kind, value in self._device.read().items():
             memory.add_metric((kind,), value)
-        yield from (sessions, capacity, leaked, cache, rates, memory)
+        yield from (sessions, capacity, leaked, cache, rates, memory, resident, cpu)
 
 
 class BatchHistogram(Collector):
@@ -197,6 +213,18 @@ def resident_bytes() -> int:
     import resource
 
     return pages * resource.getpagesize()
+
+
+def _usage(processes: Iterable[int]) -> tuple[int, float]:
+    """Resident bytes and processor seconds of some processes; those that have ended count nothing."""
+    resident, seconds = 0, 0.0
+    for number in processes:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(number)
+            resident += process.memory_info().rss
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return resident, seconds
 
 
 class Metrics:

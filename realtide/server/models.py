@@ -13,8 +13,9 @@ from realtide.engines.longlive.types import VideoModelInfo
 from realtide.server.admission import Admission, Lease, Refused
 from realtide.server.config import ServerConfig
 from realtide.server.executor import Executor
-from realtide.server.handle import Handle
+from realtide.server.handle import Front
 from realtide.server.metrics import Metrics, Occupancy
+from realtide.server.remote import RemoteEngine, RemoteExecutor
 from realtide.server.runtimes import Choice
 from realtide.server.status import invalid, misfit, no_model, refused
 from realtide.server.video_meter import FrameRates
@@ -138,7 +139,7 @@ class ImageEngine(Engine, Protocol):
         ...
 
 
-AnyEngine = SpeechEngine | VideoEngine | ImageEngine
+AnyEngine = SpeechEngine | RemoteEngine | VideoEngine | ImageEngine
 
 
 class ServedModel:
@@ -158,7 +159,7 @@ class ServedModel:
 
     def __init__(
         self,
-        engines: Sequence[Engine],
+        engines: Sequence[Engine | RemoteEngine],
         info: ModelInfo,
         config: ServerConfig,
         metrics: Metrics,
@@ -170,8 +171,10 @@ class ServedModel:
         self.max_batch = engines[0].max_batch
         self.choice: Choice | None = None  # None: the engines were handed over, not loaded
         self.metrics = metrics.for_model(self.engine_name, self.name)
-        self.executors = [
-            Executor(engine, self.metrics, config.max_audio_ahead, events, on_change) for engine in engines
+        more = (self.metrics, config.max_audio_ahead, events, on_change)
+        self.executors: list[Executor | RemoteExecutor] = [
+            RemoteExecutor(engine, *more) if isinstance(engine, RemoteEngine) else Executor(engine, *more)
+            for engine in engines
         ]
         self._held = dict.fromkeys(self.executors, 0)
         slots = sum(executor.slots for executor in self.executors)
@@ -221,7 +224,7 @@ class ServedModel:
 
     async def open(
         self, lease: Lease, make: Callable[[Engine], Session], session_id: str, start: int
-    ) -> Handle:
+    ) -> Front:
         """Open a session on the executor with most free slots; the lease goes with the slot.
 
         Raises:
@@ -250,6 +253,11 @@ class ServedModel:
             capacity=self.admission.slots,
             leaked=sum(executor.leaked for executor in self.executors),
             cache_bytes=sum(executor.cache_bytes for executor in self.executors),
+            processes=tuple(
+                executor.engine.process.pid
+                for executor in self.executors
+                if isinstance(executor, RemoteExecutor)
+            ),
         )
 
 
@@ -260,7 +268,7 @@ class SpeechModel(ServedModel):
 
     def __init__(
         self,
-        engines: Sequence[SpeechEngine],
+        engines: Sequence[SpeechEngine | RemoteEngine],
         config: ServerConfig,
         metrics: Metrics,
         on_change: Callable[[], None],
@@ -333,9 +341,11 @@ def serve(
     """The model of `engines`, which are alike, as its kind is served."""
     video: list[VideoEngine] = []
     images: list[ImageEngine] = []
-    speech: list[SpeechEngine] = []
+    speech: list[SpeechEngine | RemoteEngine] = []
     for engine in engines:
-        if isinstance(engine.info, VideoModelInfo):
+        if isinstance(engine, RemoteEngine):
+            speech.append(engine)
+        elif isinstance(engine.info, VideoModelInfo):
             video.append(engine)
         elif isinstance(engine.info, ImageModelInfo):
             images.append(engine)

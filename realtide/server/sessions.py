@@ -26,11 +26,11 @@ from realtide.server import checkpoint, status
 from realtide.server.access import caller
 from realtide.server.admission import Refused
 from realtide.server.config import ServerConfig
-from realtide.server.executor import ExecutorStopped
-from realtide.server.handle import Ended, Export, Exported, Failed, Handle
+from realtide.server.handle import Ended, Export, Exported, Failed, Front
 from realtide.server.host import Host
 from realtide.server.logs import session_id as logged_session
 from realtide.server.models import ServedModel
+from realtide.server.rounds import ExecutorStopped
 from realtide.server.status import StatusError, invalid, misfit
 from realtide_client.v1 import common_pb2
 
@@ -98,7 +98,7 @@ class StreamSession(ABC):
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[StatusError] = self._loop.create_future()
-        self._handle: Handle | None = None
+        self._handle: Front | None = None
         self._plan_in_force: Plan | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._reading_since: float | None = None
@@ -189,7 +189,7 @@ class StreamSession(ABC):
             self.handle.put_now(Export(_Wish(asked=False, periodic=True)))
 
     @property
-    def handle(self) -> Handle:
+    def handle(self) -> Front:
         """The session's queues; it must have been opened."""
         if self._handle is None:
             raise RuntimeError("session is not open")
@@ -343,7 +343,7 @@ class StreamSession(ABC):
             raise misfit(f"of model {header.model} {header.model_version}, which this server does not have")
         return self.plan_resume(header, state)
 
-    async def _live(self, plan: Plan, handle: Handle) -> None:
+    async def _live(self, plan: Plan, handle: Front) -> None:
         common = common_pb2.Opened(
             session_id=plan.session_id,
             model=plan.model.name,
@@ -460,7 +460,7 @@ class StreamSession(ABC):
 
     # -- writing -----------------------------------------------------------------------------------------
 
-    async def _write(self, handle: Handle) -> None:
+    async def _write(self, handle: Front) -> None:
         while True:
             event, position = await handle.get()
             if isinstance(event, Ended):

@@ -10,6 +10,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from realtide.engines.ancat import types
+from realtide.engines.engine import Opening, Restoring
 from realtide.server import checkpoint
 from realtide.server.audio import decode, pieces
 from realtide.server.host import Host
@@ -87,7 +88,7 @@ class SpeechSession(StreamSession):
         self._options = fields.options(message.options, "open.options")
         options = engine_options(self._audio, self._options)
         self._interval = interval
-        return self._plan_for(model, lambda engine: engine.open(options), None)
+        return self._plan_for(model, Opening(options), None)
 
     def plan_resume(self, header: checkpoint.Header, state: bytes) -> Plan:
         """Everything is as the checkpoint says; the seal vouches for it."""
@@ -102,7 +103,7 @@ class SpeechSession(StreamSession):
         self._audio, self._options = setup.audio, setup.options
         options = engine_options(self._audio, self._options)
         self._interval = setup.session.checkpoint_interval_ms
-        return self._plan_for(model, lambda engine: engine.restore(state, options), header)
+        return self._plan_for(model, Restoring(state, options), header)
 
     def _plan_for(
         self, model: SpeechModel, make: Callable[[Any], Any], resumed: checkpoint.Header | None

@@ -63,8 +63,6 @@ class Live:
 class Running(Live):
     """A server of speech."""
 
-    engine: BurstEngine
-
     def stream(self, **options: Any) -> Any:
         stub: Any = speech_pb2_grpc.SpeechStub(self.channel)
         return stub.Stream(**options)

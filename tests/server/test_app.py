@@ -20,8 +20,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from realtide.server.app import Server
 from realtide.server.config import ConfigError, ModelConfig, ServerConfig
+from realtide.server.engine_process import Load
 from realtide.server.loading import load_engines
+from realtide.server.remote import RemoteEngine
 from realtide_client.v1 import speech_pb2_grpc
+from tests.server.burst_process import loading
 from tests.server.engine import BurstEngine, pcm16, tone
 from tests.server.helpers import DEFAULTS, audio, failure, finish, opening, responses, running
 
@@ -229,7 +232,9 @@ def test_loading_shares_the_slots_among_executors(tmp_path: Path, monkeypatch: p
             return BurstEngine(slots=options["slots"])
 
     monkeypatch.setattr("importlib.import_module", lambda name: Module)
-    config = ServerConfig(slots=7, executors=3, max_batch=3, precision="int8", ort_threads=2)
+    config = ServerConfig(
+        slots=7, executors=3, executor_processes=False, max_batch=3, precision="int8", ort_threads=2
+    )
     engines = load_engines(ModelConfig(bundle=tmp_path), config).engines
     assert [engine.slots for engine in engines] == [3, 2, 2]
     assert [options["max_batch"] for options in seen] == [3, 2, 2]
@@ -243,6 +248,75 @@ def test_loading_shares_the_slots_among_executors(tmp_path: Path, monkeypatch: p
     load_engines(ModelConfig(bundle=tmp_path, slots=9), config)
     # A session of video is large: other numbers are the default.
     assert [one["slots"] for one in seen] == [2, 1, 1, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("server", "model", "usable", "processes"),
+    [
+        (None, None, 2, True),
+        (None, None, 1, False),
+        (True, None, 1, True),
+        (False, None, 2, False),
+        (False, True, 1, True),
+        (True, False, 2, False),
+    ],
+)
+def test_executors_of_speech_are_processes_where_there_are_two_processors(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    server: bool | None,
+    model: bool | None,
+    usable: int,
+    processes: bool,
+) -> None:
+    (tmp_path / "manifest.yaml").write_text("engine: ancat\n")
+    told: list[Load] = []
+
+    class Module:
+        @staticmethod
+        def load(bundle: Path, **options: Any) -> BurstEngine:
+            return BurstEngine(slots=options["slots"])
+
+    class Remote(RemoteEngine):
+        def __init__(self, load: Load) -> None:
+            told.append(load)
+
+    monkeypatch.setattr("realtide.server.loading.RemoteEngine", Remote)
+    monkeypatch.setattr("realtide.server.processors.usable", lambda: usable)
+    monkeypatch.setattr("importlib.import_module", lambda name: Module)
+    config = ServerConfig(slots=5, executors=2, executor_processes=server, log_format="json")
+    engines = load_engines(ModelConfig(bundle=tmp_path, executor_processes=model), config).engines
+    assert [isinstance(engine, RemoteEngine) for engine in engines] == [processes] * 2
+    if processes:
+        assert [one.arguments["slots"] for one in told] == [3, 2]
+        assert {(one.module, one.bundle, one.log_format) for one in told} == {
+            ("realtide.engines.ancat.engine", tmp_path, "json")
+        }
+    # Engines that work beside steps are threads, and are refused where they are not to be.
+    (tmp_path / "manifest.yaml").write_text("engine: longlive\n")
+    if model:
+        with pytest.raises(ConfigError, match="executor_processes: only executors of speech models"):
+            load_engines(ModelConfig(bundle=tmp_path, executor_processes=model), config)
+    else:
+        engines = load_engines(ModelConfig(bundle=tmp_path, executor_processes=model), config).engines
+        assert not [engine for engine in engines if isinstance(engine, RemoteEngine)]
+
+
+def test_no_process_is_left_if_a_second_one_cannot_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[RemoteEngine] = []
+
+    class Remote(RemoteEngine):
+        def __init__(self, load: Load) -> None:
+            super().__init__(loading() if not made else loading(goes_wrong="refuses"))
+            made.append(self)
+
+    (tmp_path / "manifest.yaml").write_text("engine: ancat\n")
+    monkeypatch.setattr("realtide.server.loading.RemoteEngine", Remote)
+    with pytest.raises(ConfigError, match="weights: none"):
+        load_engines(ModelConfig(bundle=tmp_path), ServerConfig(executors=2, executor_processes=True))
+    assert [engine.process.returncode for engine in made] == [0]
 
 
 async def test_stopping_twice_and_without_a_start() -> None:

@@ -17,8 +17,9 @@ import pytest
 from realtide.engines.ancat import types
 from realtide.engines.engine import SlotsExhausted, StageTimer
 from realtide.server import turns as turns_module
-from realtide.server.executor import Executor, ExecutorStopped
+from realtide.server.executor import Executor
 from realtide.server.handle import Ended, Export, Exported, Failed, Handle
+from realtide.server.rounds import ExecutorStopped
 from realtide.server.turns import Turns, TurnSelector
 from tests.server.engine import POISON, BurstEngine, quiet, tone
 from tests.server.helpers import until

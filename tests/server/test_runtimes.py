@@ -19,7 +19,8 @@ from realtide.engines.runtime.plan_key import Gpu
 from realtide.server import runtimes
 from realtide.server.app import Server
 from realtide.server.config import ConfigError, ModelConfig, ServerConfig, load_config
-from realtide.server.loading import load_engines
+from realtide.server.loading import Loaded, load_engines
+from realtide.server.remote import RemoteEngine
 from realtide.server.runtimes import RUNTIMES, Choice, Passed, Runtime, missing
 from realtide_client.v1 import models_pb2, models_pb2_grpc
 from tests.engines.runtime.tensorrt_package import installed
@@ -243,8 +244,13 @@ def test_tensorrt_serves_from_plans_and_a_bundle_without_is_passed_over(
         again = load_engines(model, config)
         assert (again.choice, builder.built) == (Choice("tensorrt"), 7)
     for each in (loaded, built, again):
-        for engine in each.engines:
-            engine.close()
+        close(each)
+
+
+def close(loaded: Loaded) -> None:
+    for engine in loaded.engines:
+        assert not isinstance(engine, RemoteEngine)
+        engine.close()
 
 
 def test_pytorch_compiles_if_it_is_asked_to(video_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,8 +265,7 @@ def test_pytorch_compiles_if_it_is_asked_to(video_bundle: Path, monkeypatch: pyt
     for wanted in (False, True):
         loaded = load_engines(model, ServerConfig(video_slots=1, torch_compile=wanted))
         assert bool(compiled) == wanted
-        for engine in loaded.engines:
-            engine.close()
+        close(loaded)
 
 
 async def test_engines_that_were_handed_over_have_no_runtime() -> None:
