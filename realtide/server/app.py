@@ -41,7 +41,7 @@ from realtide.server.interceptor import MetricsInterceptor
 from realtide.server.loading import Loaded, load_engines
 from realtide.server.metrics import Metrics
 from realtide.server.models import AnyEngine
-from realtide.server.remote import RemoteExecutor
+from realtide.server.remote import RemoteEngine, RemoteExecutor
 from realtide.server.runtimes import Choice
 from realtide.server.turns import TurnSelector
 from realtide_client.v1 import image_pb2_grpc, models_pb2_grpc, speech_pb2_grpc, video_pb2_grpc
@@ -73,6 +73,7 @@ class Server:
         self.admin_port: int | None = None
         self.access: Access | None = None
         self._engines = engines
+        self._processes: list[RemoteEngine] = []
         self._health = HealthReporter(self.host)
         self._tasks: list[asyncio.Task[None]] = []
         self._http: Any = None
@@ -164,6 +165,7 @@ class Server:
             began = time.monotonic()
             loaded: Loaded = await asyncio.to_thread(load_engines, model, self.config)
             engines, choice = loaded.engines, loaded.choice
+            self._processes += [engine for engine in engines if isinstance(engine, RemoteEngine)]
             name = engines[0].model
             if name in found:
                 raise ConfigError(f"models: two bundles are called {name!r}")
@@ -243,6 +245,8 @@ class Server:
             await self._stop_grpc()
         for model in self.host.models.values():
             await model.stop()
+        for engine in self._processes:  # those of a model that could not be served too
+            await asyncio.to_thread(engine.end)
         if self._admin is not None:
             await self._admin.stop(0.0)
         for task in self._tasks:

@@ -30,8 +30,9 @@ from realtide.server.rounds import ExecutorStopped, StepHooks
 log = logging.getLogger(__name__)
 
 _STOP_SECONDS = 10.0
-# Not with -m: what is pickled there would be of a module called __main__.
-_CHILD = "from realtide.server.engine_process import main; main()"
+# Not with -m: what is pickled there would be of a module called __main__. Modules come from where the server
+# has its own from, not from the working directory.
+_CHILD = "import sys; sys.path[:] = {path!r}; from realtide.server.engine_process import main; main()"
 
 
 class EngineGone(Exception):
@@ -54,7 +55,7 @@ class RemoteEngine:
         taken, writing = pipe()
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, str(reading), str(writing)],
+                [sys.executable, "-c", _CHILD.format(path=sys.path), str(reading), str(writing)],
                 pass_fds=(reading, writing),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # the server's standard output is for its parent
@@ -64,6 +65,7 @@ class RemoteEngine:
         self.receiver = Receiver(taken)
         self.sender = Sender(given, blocking=False)
         self.parked = 0
+        self._ended = False
         try:
             facts = self._loaded(load)
         except BaseException:
@@ -93,7 +95,8 @@ class RemoteEngine:
 
         Blocks for as long as a step takes; a process that has not ended after 10 s is killed.
         """
-        if self.process.returncode is None:
+        if not self._ended:
+            self._ended = True
             self.receiver.close()
             self.sender.close()
             try:
@@ -142,6 +145,7 @@ class RemoteHandle(Front):
         """See `Front`."""
         while self._given - self._taken >= self._ahead and not self.freed.is_set():
             self._room.clear()
+            self._ask()
             await self._room.wait()
         cost = max(seconds, LEAST_COST)
         self._given += cost
@@ -152,9 +156,8 @@ class RemoteHandle(Front):
         else:
             self._executor.send(("put", self.number, item, units, cost))
         # Long before there is no room: a live stream must not wait for the answer.
-        if not self._asked and self._given - self._taken >= self._ahead / 2:
-            self._asked = True
-            self._executor.send(("room", self.number))
+        if self._given - self._taken >= self._ahead / 2:
+            self._ask()
 
     def put_now(self, item: Any) -> None:
         """See `Front`."""
@@ -170,6 +173,12 @@ class RemoteHandle(Front):
         self._taken = taken
         self._asked = False
         self.make_room()
+
+    def _ask(self) -> None:
+        """Have the executor say how much it has taken, once half of what may wait is free there."""
+        if not self._asked:
+            self._asked = True
+            self._executor.send(("room", self.number))
 
     def _has_read(self) -> None:
         if self._consumed - self._told >= self._tell_after:

@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 from realtide.server.app import Server
 from realtide.server.config import ServerConfig
 from realtide.server.models import AnyEngine
+from realtide.server.remote import RemoteEngine
 from realtide_client.v1 import common_pb2, speech_pb2, speech_pb2_grpc
 from tests.server.engine import BurstEngine
 
@@ -55,7 +56,10 @@ class Live:
 
     async def all_free(self) -> None:
         """Wait until every slot is free."""
-        await until(lambda: self.engine.free_slots == self.engine.slots)
+        models = self.server.host.models.values()
+        await until(lambda: not any(one.open_sessions for model in models for one in model.executors))
+        if not isinstance(self.engine, RemoteEngine):
+            await until(lambda: self.engine.free_slots == self.engine.slots)
         await until(lambda: all(not model.admission.used for model in self.server.host.models.values()))
         assert self.metric("realtide_slots_leaked") == 0
 

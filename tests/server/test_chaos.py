@@ -13,10 +13,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from realtide.server.metrics import OUTCOMES, resident_bytes
+from realtide.server.remote import RemoteEngine
 from realtide_client.v1 import common_pb2, speech_pb2
+from tests.server.burst_process import loading
 from tests.server.engine import BurstEngine, pcm16, quiet, tone
 from tests.server.helpers import Request, Running, audio, finish, opening, running, until
 
@@ -188,12 +191,21 @@ def memory() -> int:
     return resident_bytes()
 
 
-async def test_every_way_to_go(caplog: pytest.LogCaptureFixture) -> None:
+def child_memory(engine: Any) -> int:
+    """Resident bytes of the executor's process; 0 if it is a thread."""
+    return psutil.Process(engine.process.pid).memory_info().rss if isinstance(engine, RemoteEngine) else 0
+
+
+@pytest.mark.parametrize("process", [False, True], ids=["thread", "process"])
+async def test_every_way_to_go(process: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     rng = random.Random(20)
     seen: Counter[str] = Counter()
     # Fewer slots than sessions at once: many of them come and go through the queue.
-    async with running(BurstEngine(slots=16), **SETTINGS) as server:
+    engine: Any = (
+        await asyncio.to_thread(RemoteEngine, loading(slots=16)) if process else BurstEngine(slots=16)
+    )
+    async with running(engine, **SETTINGS) as server:
         limit = asyncio.Semaphore(AT_ONCE)
 
         async def one(way: Way) -> None:
@@ -219,8 +231,10 @@ async def test_every_way_to_go(caplog: pytest.LogCaptureFixture) -> None:
             await until(lambda: not server.server.host.streams)
 
         await some(SESSIONS // 2)
-        before = memory()
+        before, child_before = memory(), child_memory(engine)
         await some(SESSIONS)
+        child_growth = child_memory(engine) - child_before
+        assert child_growth < ALLOWED_GROWTH, f"{child_growth >> 10} kB more in the executor's process"
         growth = memory() - before
         assert growth < ALLOWED_GROWTH, f"{growth >> 10} kB more for {SESSIONS} sessions"
         opened = server.metric("realtide_sessions_opened_total")

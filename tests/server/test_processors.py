@@ -33,6 +33,7 @@ expected = min(count, len(before) - 1)
 assert len(left) == expected, left
 for thread in os.listdir("/proc/self/task"):
     assert os.sched_getaffinity(int(thread)) == before - left
+    assert os.sched_getscheduler(int(thread)) == (os.SCHED_BATCH if left else os.SCHED_OTHER)
 assert len(before - left) == processors.usable() >= 1
 end.set()
 """
@@ -45,13 +46,15 @@ def test_all_threads_keep_off_and_one_processor_stays(count: int) -> None:
 
 
 def test_a_machine_that_forbids_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def forbidden(thread: int, cpus: set[int]) -> None:
+    def forbidden(thread: int, *what: object) -> None:
         raise PermissionError(1, "not permitted")
 
     monkeypatch.setattr(os, "sched_setaffinity", forbidden)
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {2, 5, 7})
     assert processors.leave(2) == {5, 7}
-    assert "cannot be left" in caplog.text
+    assert "affinity cannot be set" in caplog.text
+    assert "policy cannot be set" in caplog.text
 
 
 async def test_which_servers_do() -> None:

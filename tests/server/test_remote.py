@@ -211,7 +211,8 @@ async def test_input_waits_when_too_much_is_queued_and_never_for_a_live_stream()
         await until(lambda: sent >= 25)
         # A second is taken in, the rest only as it is worked through.
         assert sent < 100
-        await task
+        async with asyncio.timeout(10):
+            await task
         await handle.put(types.Finish())
         assert (await drained(handle))[-1].position == 100 * FRAME
         # One that is worked through as it comes hears of room long before it has none.
@@ -220,6 +221,18 @@ async def test_input_waits_when_too_much_is_queued_and_never_for_a_live_stream()
             await asyncio.wait_for(put(live, quiet(0.04)), 5)
             await asyncio.sleep(0.02)
             assert live._given - live._taken < 1.0
+
+
+async def test_room_is_asked_for_again_if_the_answer_did_not_make_enough() -> None:
+    async with rig(ahead=1.0) as made:
+        handle = await made.open()
+        while handle._given < 0.5:
+            await put(handle, quiet(0.04))
+        await until(lambda: not handle._asked)
+        # As if it had been answered when hardly anything was taken, and more was put since.
+        handle._taken = handle._given - 1.0
+        async with asyncio.timeout(5):
+            await put(handle, quiet(0.04))
 
 
 async def test_close_unblocks_who_waits_for_room() -> None:
