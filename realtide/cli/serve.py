@@ -39,7 +39,7 @@ def command(
         str | None,
         typer.Option(help="Runtimes in the order tried, with commas: torch-cuda,onnxruntime,torch-cpu."),
     ] = None,
-    executors: Annotated[int | None, typer.Option(help="Executor threads per model.")] = None,
+    executors: Annotated[int | None, typer.Option(help="Executors per model.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="console or json.")] = None,
     settings: Setting = None,
