@@ -297,20 +297,30 @@ MACHINE = Row(
         Panel(
             "Resident and virtual memory",
             "bytes",
-            "Of the process. Resident memory that grows for hours under even load is a leak.",
+            "Of the process, and of executors that are processes of their own. Resident memory that grows for "
+            "hours under even load is a leak.",
             (
                 Query(f"process_resident_memory_bytes{{{SERVER}}}", "{{instance}} resident"),
                 Query(f"process_virtual_memory_bytes{{{SERVER}}}", "{{instance}} virtual"),
+                Query(
+                    f"realtide_executor_process_resident_bytes{{{ALL}}} > 0",
+                    "{{instance}} {{model}} executors",
+                ),
             ),
         ),
         Panel(
             "Processor",
             "short",
-            "Cores in use.",
+            "Cores in use by the process, and by executors that are processes of their own.",
             (
                 Query(
                     f"sum by (instance) (rate(process_cpu_seconds_total{{{SERVER}}}[$__rate_interval]))",
                     "{{instance}}",
+                ),
+                Query(
+                    "sum by (instance, model) "
+                    f"(rate(realtide_executor_process_cpu_seconds_total{{{ALL}}}[$__rate_interval])) > 0",
+                    "{{instance}} {{model}} executors",
                 ),
             ),
         ),
