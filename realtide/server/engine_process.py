@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import logging
 import select
 import signal
 import sys
@@ -26,8 +25,6 @@ from realtide.server import logs
 from realtide.server.handle import Emitted, Failed, Handle
 from realtide.server.pipes import Message, Receiver, Sender, portable
 from realtide.server.rounds import Rounds
-
-log = logging.getLogger(__name__)
 
 # Of the garbage collector, the server's too: a message makes a dozen objects that it counts.
 GC_THRESHOLDS = (10_000, 10, 10)

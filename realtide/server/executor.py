@@ -9,11 +9,12 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from realtide.engines.engine import Engine, Session
 from realtide.server.handle import Handle
-from realtide.server.rounds import ExecutorStopped, Rounds, StepHooks
+from realtide.server.rounds import ExecutorStopped, Rounds, StepHooks, answer
 from realtide.server.turns import TURNS, Turns
 
 
@@ -79,7 +80,7 @@ class Executor(Rounds):
             handle.slot_freed()
             raise ExecutorStopped
         opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._mail.put(lambda: self._open(handle, make, _told(opened)))
+        self._mail.put(lambda: self._open(handle, make, partial(answer, opened)))
         if self._stopping:
             # The thread may have looked at its mail for the last time.
             handle.slot_freed()
@@ -157,15 +158,3 @@ class Executor(Rounds):
 def _deliver(outgoing: list[tuple[Callable[[Any], None], Any]]) -> None:
     for call, argument in outgoing:
         call(argument)
-
-
-def _told(opened: asyncio.Future[None]) -> Callable[[Exception | None], None]:
-    def tell(error: Exception | None) -> None:
-        if opened.done():
-            return
-        if error is None:
-            opened.set_result(None)
-        else:
-            opened.set_exception(error)
-
-    return tell

@@ -132,16 +132,15 @@ def _in_processes(engine: str, device: str, model: ModelConfig, config: ServerCo
 
 
 def _remote(loads: Sequence[Load]) -> list[AnyEngine]:
-    engines: list[AnyEngine] = []
+    engines: list[RemoteEngine] = []
     try:
         for load in loads:
             engines.append(RemoteEngine(load))
     except BaseException:
         for engine in engines:
-            if isinstance(engine, RemoteEngine):
-                engine.end()
+            engine.end()
         raise
-    return engines
+    return [*engines]
 
 
 def _plans(bundle: Path, model: ModelConfig, config: ServerConfig, max_batch: int) -> PlanOf:

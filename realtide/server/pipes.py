@@ -11,6 +11,7 @@ import fcntl
 import os
 import pickle
 import struct
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,8 +45,12 @@ class Receiver:
         self._filled = 0
 
     def read(self) -> list[Message]:
-        """What has arrived completely, perhaps nothing; `ended` is set once the other end was closed."""
-        while not self.ended:
+        """What has arrived completely, perhaps nothing; `ended` is set once the other end was closed.
+
+        About a pipe's capacity at once: whoever sends without a pause does not keep the reader from its work.
+        """
+        until = self._filled + _CAPACITY
+        while not self.ended and self._filled < until:
             if len(self._buffer) - self._filled < _LEAST_ROOM:
                 self._buffer += bytes(len(self._buffer))
             try:
@@ -70,6 +75,8 @@ class Receiver:
             if start:
                 view[: self._filled - start] = view[start : self._filled]
                 self._filled -= start
+        if not self._filled and len(self._buffer) > 4 * _CAPACITY:  # a large message has been through
+            self._buffer = bytearray(4 * _LEAST_ROOM)
         return messages
 
     def close(self) -> None:
@@ -88,8 +95,7 @@ class Sender:
     def __init__(self, descriptor: int, blocking: bool) -> None:
         self.descriptor = descriptor
         os.set_blocking(descriptor, blocking)
-        self._blocking = blocking
-        self._unsent = b""
+        self._unsent: deque[memoryview] = deque()
 
     @property
     def behind(self) -> bool:
@@ -99,14 +105,18 @@ class Sender:
     def send(self, messages: Sequence[Message]) -> None:
         """Send a batch. Raises BrokenPipeError if nobody reads any more."""
         data = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
-        self._unsent += _LENGTH.pack(len(data)) + data
+        self._unsent.append(memoryview(_LENGTH.pack(len(data)) + data))
         self.flush()
 
     def flush(self) -> None:
         """Write what is left, as far as the pipe takes it. Raises BrokenPipeError."""
         try:
             while self._unsent:
-                self._unsent = self._unsent[os.write(self.descriptor, self._unsent) :]
+                rest = self._unsent[0][os.write(self.descriptor, self._unsent[0]) :]
+                if rest:
+                    self._unsent[0] = rest
+                else:
+                    self._unsent.popleft()
         except BlockingIOError:
             pass
 

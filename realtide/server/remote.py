@@ -25,7 +25,7 @@ from realtide.engines.runtime.program import ProgramError
 from realtide.server.engine_process import Facts, Load
 from realtide.server.handle import LEAST_COST, Emitted, Failed, Front
 from realtide.server.pipes import Message, Receiver, Sender, pipe
-from realtide.server.rounds import ExecutorStopped, StepHooks
+from realtide.server.rounds import ExecutorStopped, StepHooks, answer
 
 log = logging.getLogger(__name__)
 
@@ -332,8 +332,8 @@ class RemoteExecutor:
             if opened is None:
                 error = ExecutorStopped() if self._stopping else EngineGone()
                 handle.arrive([Emitted(Failed(error), 0)])
-            elif not opened.done():
-                opened.set_exception(ExecutorStopped())
+            else:
+                answer(opened, ExecutorStopped())
             self._on_freed(handle.number, handle.busy)
         self._on_counts(0, 0, 0)
         if not self._stopping and not self.failed:
@@ -359,13 +359,7 @@ class RemoteExecutor:
             handle.slot_freed()
 
     def _on_opened(self, number: int, error: Exception | None) -> None:
-        opened = self._opening.pop(number)
-        if opened.done():
-            return
-        if error is None:
-            opened.set_result(None)
-        else:
-            opened.set_exception(error)
+        answer(self._opening.pop(number), error)
 
     def _on_counts(self, opened: int, parked: int, leaked: int) -> None:
         self.open_sessions, self.parked, self.leaked = opened, parked, leaked

@@ -8,6 +8,7 @@ events go to is the subclass's: a thread's queue (executor.py) or a process's pi
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -22,6 +23,16 @@ log = logging.getLogger(__name__)
 
 class ExecutorStopped(Exception):
     """The executor takes no more sessions: it was stopped, or the engine failed as a whole."""
+
+
+def answer(opened: asyncio.Future[None], error: Exception | None) -> None:
+    """Tell who waits for a session, if anybody still does, that it is open or what opening it raised."""
+    if opened.done():
+        return
+    if error is None:
+        opened.set_result(None)
+    else:
+        opened.set_exception(error)
 
 
 class StepHooks(Protocol):

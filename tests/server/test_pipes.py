@@ -87,6 +87,33 @@ def test_nobody_reads_any_more() -> None:
     sender.close()
 
 
+def test_a_reader_takes_about_a_pipe_at_once_and_keeps_no_large_buffer(ends: tuple[Receiver, int]) -> None:
+    receiver, writing = ends
+    sender = Sender(writing, blocking=True)
+    batch = [("piece", bytes(1 << 16))]
+
+    def send() -> None:
+        for _ in range(400):
+            sender.send(batch)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    found, most = 0, 0
+    while found < 400:
+        got = len(receiver.read())
+        found, most = found + got, max(most, got)
+    thread.join()
+    assert 1 <= most <= 40  # of which 16 make a mebibyte; not as many as the sender can follow up
+    sender = Sender(writing, blocking=False)
+    sender.send([("large", bytes(6 << 20))])
+    large: list[Message] = []
+    while not large:
+        large += receiver.read()
+        sender.flush()
+    assert len(receiver._buffer) < 1 << 20
+    sender.close()
+
+
 class Odd(Exception):
     """Cannot be made again from its arguments."""
 

@@ -410,7 +410,9 @@ async def test_a_server_whose_engine_is_killed_is_not_healthy() -> None:
         await call.write(audio(pcm16(tone(0.2))))
         health = live.server._health
         assert health.state()[""]
-        live.server.host.models["bursts"].executors[0].engine.process.kill()  # type: ignore[union-attr]
+        (executor,) = live.server.host.models["bursts"].executors
+        assert isinstance(executor, RemoteExecutor)
+        executor.engine.process.kill()
         assert (await failure(call)).code() == grpc.StatusCode.INTERNAL
         assert not health.state()[""]
         # A new session is refused and not left to wait.
